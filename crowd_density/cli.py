@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['app', 'ModelArg', 'ModelOpt', 'Data', 'Json', 'Lines', 'Part', 'Seed', 'Threads', 'NewFolder', 'Images', 'Clip',
            'Seconds', 'Peak', 'Sigma', 'Size', 'Processes', 'train', 'Run', 'Epochs', 'Resume', 'Recipe', 'Encoder',
-           'Device', 'Split', 'Every', 'Figures', 'Inputs', 'Overlay', 'Map', 'Mask', 'Scale', 'Site', 'Port', 'Host',
-           'explain', 'say', 'verb', 'arg', 'opt', 'progress', 'write_text', 'write_json', 'writable', 'table', 'synth',
-           'check', 'prepare', 'taken', 'learn', 'fine_tune', 'evaluate', 'pictures', 'sentence', 'default_model',
-           'predict', 'calibrate', 'watch', 'serve', 'export', 'demo', 'main']
+           'Device', 'Split', 'Every', 'Figures', 'Inputs', 'Overlay', 'Map', 'Mask', 'Scale', 'Site', 'Points',
+           'Zones', 'Camera', 'Source', 'Height', 'Port', 'Webhook', 'Mqtt', 'Metrics', 'History', 'Days', 'Snapshots',
+           'Pixelate', 'Realtime', 'Host', 'Repeat', 'explain', 'say', 'verb', 'arg', 'opt', 'progress', 'write_text',
+           'write_json', 'writable', 'table', 'synth', 'check', 'prepare', 'taken', 'learn', 'fine_tune', 'evaluate',
+           'pictures', 'sentence', 'default_model', 'predict', 'calibrate', 'watch', 'serve', 'export', 'demo', 'main']
 
 # %% ../nbs/13_cli.ipynb #13-cli-003
 import os, sys
@@ -214,10 +215,12 @@ def taken(call, # a function of a room
 def learn(room, fn, data, out, **said):
     "Call the training `fn` of `room` with what was said, and name what it made"
     from crowd_density.data import open_data
-    if not (Path(data)/'pairs.csv').exists(): open_data(data)
+    part = said.pop('part', None)
+    if not (Path(data)/'pairs.csv').exists(): d = open_data(data, part=part)
+    elif part: raise DataError(data, 'a data set, to take one part of it', 'a prepared folder')
     writable(out)
     call = getattr(import_module(f'crowd_density.{room}'), fn)
-    call(data=data, out=out, **taken(call, said | dict(progress=progress)))
+    call(data=d if part else data, out=out, **taken(call, said | dict(progress=progress)))
     print(f'{out}: ' + ', '.join(sorted(p.name for p in Path(out).iterdir() if p.is_file() and p.name[0] != '.')))
 
 def _autoencoder(data: Data, out: Run, part: Part=None, epochs: Epochs=None, resume: Resume=False, seed: Seed=0, device: Device=None):
@@ -329,28 +332,50 @@ verb(predict)
 
 # %% ../nbs/13_cli.ipynb #13-cli-052
 Site = arg(Path, 'SITE', 'The site file, TOML.')
+Points = opt(Path, 'CSV x,y,x_m,y_m: calibrate from it, without a page.', metavar='CSV')
+Zones = opt(Path, 'CSV zone,x,y in pixels, with --points.', metavar='CSV')
+Camera = Annotated[str, Option(help='Name of the camera.')]
+Source = opt(str, 'Address of the camera; the picture if left out.')
+Height = opt(float, 'Height of the camera above the ground, metres.', '--height', min=0)
 Port = Annotated[int, Option(min=0, max=65535, help='Port to listen on; 0 takes a free one.')]
-Host = Annotated[str, Option(help='Address to listen on; any but this machine needs a password or a token.')]
 
 @verb
-def calibrate(image: arg(Path, 'IMAGE', 'A picture of the camera.'), site: Site, port: Port=0):
+def calibrate(image: arg(Path, 'IMAGE', 'A picture of the camera.'), site: Site, port: Port=0, points: Points=None, zones: Zones=None,
+    camera: Camera='camera', source: Source=None, height: Height=None):
     "Say what lies where: click points, type metres, draw zones on a local page; saved in SITE."
     from crowd_density import ground
-    return ground.calibrate(image, site, port=port)
-
-@verb
-def watch(site: Site, json: Lines=None, model: ModelOpt=None, threads: Threads=None):
-    "Watch the cameras of a site: readings and events, until their files end or you stop it."
-    from crowd_density.watch import watch
-    return watch(site, json=json, model=model or default_model(), **taken(watch, dict(threads=threads)))
-
-@verb
-def serve(site: Site, host: Host='127.0.0.1', port: Port=8000, model: ModelOpt=None):
-    "Watch, and show it: a page for the duty officer and an API."
-    from crowd_density.serve import serve
-    return serve(site, host=host, port=port, **taken(serve, dict(model=model or default_model())))
+    return ground.calibrate(image, site, port=port, points=points, zones=zones, name=camera, source=source, camera_height_m=height)
 
 # %% ../nbs/13_cli.ipynb #13-cli-054
+Webhook = opt(str, 'Address told of each event; ${NAME} comes from the environment.', metavar='URL')
+Mqtt = opt(str, 'mqtt://user:${PASSWORD}@host:1883/prefix', metavar='URL')
+Metrics = opt(int, 'Port of this machine where Prometheus may ask.', min=1, max=65535)
+History = opt(Path, 'SQLite file of readings and events; beside SITE if a source is live.', metavar='FILE')
+Days = Annotated[float, Option('--keep-days', min=0, help='How long history and snapshots are kept, days.')]
+Snapshots = opt(Path, 'Folder for a picture with each event; none if left out.', metavar='DIR')
+Pixelate = Annotated[bool, Option(help='Snapshots in which nobody is recognised.')]
+Realtime = Annotated[bool, Option('--realtime', help='Play files at their own pace.')]
+Host = Annotated[str, Option(help='Address to listen on; any but this machine needs CROWD_DENSITY_PASSWORD or CROWD_DENSITY_TOKEN.')]
+Repeat = Annotated[bool, Option('--loop', help='Play files again and again.')]
+
+# %% ../nbs/13_cli.ipynb #13-cli-055
+@verb
+def watch(site: Site, json: Lines=None, model: ModelOpt=None, threads: Threads=None, webhook: Webhook=None, mqtt: Mqtt=None,
+    metrics: Metrics=None, history: History=None, keep_days: Days=30, snapshots: Snapshots=None, pixelate: Pixelate=True, realtime: Realtime=False):
+    "Watch the cameras of a site: readings and events, until their files end or you stop it."
+    said = locals() | dict(model=model or default_model(), json=json and str(json))
+    from crowd_density.watch import watch
+    return watch(**said)
+
+@verb
+def serve(site: Site, host: Host='127.0.0.1', port: Port=8000, json: Lines=None, model: ModelOpt=None, threads: Threads=None, webhook: Webhook=None,
+    mqtt: Mqtt=None, history: History=None, keep_days: Days=30, snapshots: Snapshots=None, pixelate: Pixelate=True, loop: Repeat=False):
+    "Watch, and show it: a page for the duty officer and an API."
+    said = locals() | dict(model=model or default_model(), json=json and str(json))
+    from crowd_density.serve import serve
+    return serve(**said)
+
+# %% ../nbs/13_cli.ipynb #13-cli-057
 @verb
 def export(model: ModelArg, out: arg(Path, 'OUT.onnx', 'The file to write.')):
     "Write a model as an ONNX file with its card inside."
@@ -361,7 +386,7 @@ def export(model: ModelArg, out: arg(Path, 'OUT.onnx', 'The file to write.')):
     with atomic(out) as p: p.write_bytes(source.read_bytes())
     print(f"{out}: {card['task']}, {out.stat().st_size/1e6:.1f} MB, sha256 of the weights {str(card.get('sha256'))[:12]}")
 
-# %% ../nbs/13_cli.ipynb #13-cli-056
+# %% ../nbs/13_cli.ipynb #13-cli-059
 @verb
 def demo(out: Annotated[Path, Option(metavar='DIR', help='Folder to make.')]=Path('demo'), seed: Seed=0):
     "Generated scenes, short training of both experiments, evaluation, a watched clip: report.html and demo.json."
@@ -369,7 +394,7 @@ def demo(out: Annotated[Path, Option(metavar='DIR', help='Folder to make.')]=Pat
     writable(out)
     return report.demo(out, seed=seed, progress=progress)
 
-# %% ../nbs/13_cli.ipynb #13-cli-058
+# %% ../nbs/13_cli.ipynb #13-cli-061
 def main():
     "The command `crowd-density`"
     app(prog_name='crowd-density')
