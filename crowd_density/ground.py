@@ -5,14 +5,20 @@
 # %% auto #0
 __all__ = ['Point', 'PATCH_M', 'scrub', 'fill_secrets', 'GroundError', 'homography', 'find_camera', 'Ground', 'SiteError',
            'Level', 'Levels', 'Zone', 'Length', 'Calibration', 'Camera', 'Site', 'locate', 'parse_site', 'read_site',
-           'zone_polygon', 'Reading', 'measure']
+           'zone_polygon', 'Reading', 'measure', 'grid_lines', 'draw_grid', 'save_camera', 'calibrate_from_points',
+           'solve', 'CalibrateServer', 'calibrate']
 
 # %% ../nbs/08_ground.ipynb #08-ground-003
-import difflib, functools, os, re, time as clock
+import csv, difflib, functools, io, json, os, re, sys, webbrowser, time as clock
 from dataclasses import dataclass, asdict, replace
+from hmac import compare_digest
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
 from pathlib import Path
+from secrets import token_urlsafe
+from threading import Thread
 from typing import Literal
-from urllib.parse import quote
+from urllib.parse import parse_qs, quote, urlsplit
 
 import numpy as np, shapely, tomlkit
 from fastcore.basics import patch
@@ -21,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from scipy.optimize import least_squares
 from scipy.sparse import csr_matrix
 
-from .data import DataError, atomic
+from .data import DataError, atomic, image_size, read_rgb
 
 # %% ../nbs/08_ground.ipynb #08-ground-005
 _SECRET = re.compile(r'\$\{([A-Za-z_][A-Za-z0-9_]*)\}')
@@ -51,6 +57,8 @@ def fill_secrets(text, # an address with `${NAME}` in it
 # %% ../nbs/08_ground.ipynb #08-ground-011
 class GroundError(DataError): "A calibration that cannot be used"
 
+_CROSSED = 'calibration', 'points in the same order in the picture and in metres', 'points that cross (the horizon would pass between them)'
+
 def _normaliser(xy):
     "Matrix that moves `xy` to mean 0 and mean distance √2"
     c = xy.mean(0)
@@ -79,12 +87,12 @@ def homography(points_px, # (n, 2) `(x, y)` pixels, n of four or more
     a, b = _apply(tm, m)[0], _apply(tp, px)[0]
     n, fixed = _dlt(a, b)
     if fixed < .004: raise GroundError('calibration', 'points spread over the ground', 'points (nearly) on one line')
-    if abs(n[2, 2]) < 1e-9: raise GroundError('calibration', 'points in front of the camera', 'points on both sides of the horizon')
+    if abs(n[2, 2]) < 1e-9*np.abs(n).max(): raise GroundError(*_CROSSED)
     fit = least_squares(lambda h: (_apply(np.append(h, 1).reshape(3, 3), a)[0]-b).ravel(), (n/n[2, 2]).ravel()[:8], method='lm')
     back = np.linalg.inv(tp)@np.append(fit.x, 1).reshape(3, 3)@tm
     matrix = np.linalg.inv(back/np.linalg.norm(back))
     w = _apply(matrix, px)[1]
-    if w.min() < 0 < w.max(): raise GroundError('calibration', 'points in the same order in picture and metres', 'points that cross: the horizon would pass between them')
+    if w.min() < 0 < w.max(): raise GroundError(*_CROSSED)
     return matrix/np.abs(w).max()*np.sign(w[0])
 
 # %% ../nbs/08_ground.ipynb #08-ground-014
@@ -664,3 +672,276 @@ def measure(camera, # a `Camera`
         except GroundError as e: r = f'expected {e.expected}, found {e.found}'
         out.append(r if isinstance(r, Reading) else Reading(camera.name, zone.name, time, reason=r))
     return out
+
+# %% ../nbs/08_ground.ipynb #08-ground-048
+def _runs(ok):
+    "Start and end of each run of True that is longer than one"
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], ok.astype(int), [0]])))
+    return [(a, b) for a, b in edges.reshape(-1, 2) if b-a > 1]
+
+def _shown(ground, size_hw):
+    "Bounds of the ground to draw (x0, y0, x1, y1), metres"
+    if ground.trusted is not None: return ground.trusted.bounds
+    y, x = np.mgrid[0:size_hw[0]:40j, 0:size_hw[1]:40j]
+    fine = np.sqrt(_sample_areas(ground, np.stack([x, y], -1), 0.)) < .25
+    at = ground.to_ground(np.stack([x, y], -1)[fine])
+    return (*at.min(0), *at.max(0)) if len(at) else (0, 0, 0, 0)
+
+def grid_lines(ground, # a `Ground`
+               size_hw, # of the picture, pixels
+               step_m=None # between lines, metres; 1, 2, 5, 10 … if None, so that there are at most 60
+              )->tuple: # [(whole tens, (k, 2) pixels), …], step in metres
+    "Lines of a metre grid on the calibrated ground, as seen in the picture"
+    ground = ground.at(size_hw)
+    box = np.array(_shown(ground, size_hw)).reshape(2, 2)
+    step = step_m or next(s*10**e for e in range(-1, 9) for s in (1, 2, 5) if np.ptp(box, 0).sum()/(s*10**e) <= 60 and s*10**e >= 1)
+    lines = []
+    for axis in (0, 1):
+        along = np.linspace(box[0, 1-axis], box[1, 1-axis], 200)
+        for k in range(int(np.ceil(box[0, axis]/step)), int(np.floor(box[1, axis]/step))+1):
+            at = np.stack([np.full(200, k*step), along][::1 if axis == 0 else -1], -1)
+            px = ground.to_image(at)
+            with np.errstate(invalid='ignore'): ok = (px >= -1).all(-1) & (px <= [size_hw[1], size_hw[0]]).all(-1)
+            if ground.trusted is not None: ok &= shapely.contains_xy(ground.trusted, *at.T)
+            lines += [(k % 5 == 0, px[a:b]) for a, b in _runs(ok)]
+    return lines, float(step)
+
+# %% ../nbs/08_ground.ipynb #08-ground-049
+def draw_grid(rgb, # uint8 (h, w, 3)
+              ground, # a `Ground`
+              step_m=None, # between lines, metres
+              zones=(), # `Zone`s to outline
+              colour=(255, 225, 60) # of the lines
+             )->np.ndarray: # uint8 (h, w, 3)
+    "The picture with a metre grid on its ground, every fifth line bold, and its zones"
+    image, size_hw = Image.fromarray(rgb), rgb.shape[:2]
+    draw, ground, width = ImageDraw.Draw(image), ground.at(size_hw), max(1, round(max(size_hw)/900))
+    for bold, px in grid_lines(ground, size_hw, step_m)[0]: draw.line([tuple(p) for p in px], fill=colour, width=width*(2 if bold else 1))
+    for zone in zones:
+        edge = shapely.segmentize(zone_polygon(zone, ground).exterior, .25)
+        px = ground.to_image(shapely.get_coordinates(edge))
+        draw.line([tuple(p) for p in px if np.isfinite(p).all()], fill=(255, 80, 200), width=2*width+1)
+    return np.array(image)
+
+# %% ../nbs/08_ground.ipynb #08-ground-051
+def _toml(v):
+    "A value as TOML: lists on one line, tables inline"
+    if isinstance(v, dict):
+        t = tomlkit.inline_table()
+        t.update({k: _toml(x) for k, x in v.items()})
+        return t
+    if isinstance(v, (list, tuple, np.ndarray)):
+        a = tomlkit.array()
+        a.extend([_toml(x) for x in v])
+        return a
+    if isinstance(v, (float, np.floating)): return round(float(v), 4)
+    return v.item() if isinstance(v, np.generic) else v
+
+def _zone_table(zone):
+    "A zone as a TOML table, its levels in one below"
+    t = tomlkit.table()
+    for k, v in zone.items():
+        if k != 'levels': t[k] = _toml(v)
+    if zone.get('levels'):
+        t['levels'] = tomlkit.table()
+        for k, v in zone['levels'].items(): t['levels'][k] = _toml(v)
+    return t
+
+def save_camera(path, # of the site file, made if it is missing
+                camera # dict as in the file: name, source, ground, zone
+               )->Site:
+    "Add a camera to a site file, or replace what it says of the camera of that name"
+    path = Path(path)
+    doc = tomlkit.parse(path.read_text(encoding='utf-8')) if path.exists() else tomlkit.document()
+    if 'camera' not in doc: doc['camera'] = tomlkit.aot()
+    table = next((c for c in doc['camera'] if c.get('name') == camera['name']), None)
+    if new := table is None: table = tomlkit.table()
+    for k, v in camera.items():
+        if k not in ('ground', 'zone') and v is not None: table[k] = _toml(v)
+    for k in ('ground', 'zone'): table.pop(k, None)
+    table['ground'] = tomlkit.table()
+    for k, v in camera['ground'].items():
+        if v is not None: table['ground'][k] = _toml(v)
+    if camera.get('zone'):
+        table['zone'] = tomlkit.aot()
+        for z in camera['zone']: table['zone'].append(_zone_table(z))
+    if new: doc['camera'].append(table)
+    text = tomlkit.dumps(doc)
+    site = parse_site(text, path, secrets=False)
+    with atomic(path) as p: p.write_text(text, encoding='utf-8')
+    return site
+
+# %% ../nbs/08_ground.ipynb #08-ground-053
+def calibrate_from_points(image, # path of a picture of the camera, or its `(height, width)`
+                          site, # site file to write
+                          points_px, # (n, 2) pixels
+                          points_m, # (n, 2) metres
+                          zones=(), # {name: [(x, y), …] in pixels}
+                          name='camera', # of the camera
+                          source=None, # its address; the picture if None
+                          camera_height_m=None, # above the ground, metres
+                          head_m=1.6 # of heads above the ground, metres
+                         )->Ground:
+    "Calibrate a camera and save it in a site file, without a browser"
+    h, w = image if isinstance(image, tuple) else image_size(image)
+    source = source or _beside(image, site)
+    ground = dict(points_px=np.asarray(points_px, float), points_m=np.asarray(points_m, float), camera_height_m=camera_height_m, head_m=head_m, size_px=[w, h])
+    zone = [dict(name=n, polygon_px=np.asarray(p, float)) for n, p in dict(zones).items()]
+    return save_camera(site, dict(name=name, source=source, ground=ground, zone=zone)).camera(name).ground
+
+def _beside(image, site):
+    "The picture's path as the site file names it"
+    if isinstance(image, tuple): return 'unknown'
+    return Path(os.path.relpath(image, Path(site).resolve().parent)).as_posix()
+
+def _csv(path, columns):
+    "Rows of a CSV as dicts, its columns checked"
+    with open(path, newline='', encoding='utf-8-sig') as f: rows = list(csv.DictReader(f))
+    if not rows or not set(columns) <= set(rows[0]): raise DataError(path, f'the columns {",".join(columns)} and rows', ','.join(rows[0]) if rows else 'no rows')
+    return rows
+
+def _numbers(path, rows, columns):
+    "Columns of rows as floats (n, columns)"
+    try: return np.array([[float(r[c]) for c in columns] for r in rows])
+    except (ValueError, TypeError): raise DataError(path, f'numbers in {", ".join(columns)}', 'something else') from None
+
+# %% ../nbs/08_ground.ipynb #08-ground-055
+def _spec_of(d):
+    "The `Calibration` (as a dict) of what the page sends"
+    clicks, kind = [[float(x), float(y)] for x, y in d.get('points', [])], d.get('method')
+    g = dict(camera_height_m=d.get('camera_height_m'), head_m=d.get('head_m') or 1.6, size_px=[int(v) for v in d['size_px']])
+    if kind == 'rectangle': g.update(rectangle_px=clicks, rectangle_m=d.get('sides_m'))
+    elif kind == 'horizon':
+        metres = d.get('lengths_m', [])
+        g.update(horizon_px=clicks[:2], fov_deg=d.get('fov_deg'), lengths=[dict(px=clicks[2+2*i:4+2*i], m=m) for i, m in enumerate(metres) if len(clicks) >= 4+2*i and m])
+    else: g.update(points_px=clicks, points_m=d.get('places_m'))
+    return {k: v for k, v in g.items() if v is not None}
+
+def _camera_of(d):
+    "A camera as the site file holds it, of what the page sends"
+    zones = [{k: z[k] for k in ('name', 'polygon_px', 'polygon_m', 'judge', 'levels') if z.get(k) is not None} for z in d.get('zones', [])]
+    return dict(name=d.get('name', ''), source=d.get('source') or None, ground=_spec_of(d), zone=zones)
+
+def _solve_zone(d, ground):
+    "Area and outline of a zone, or what is wrong with it"
+    try: zone = Zone.model_validate({k: d[k] for k in ('polygon_px', 'polygon_m', 'levels') if d.get(k) is not None} | {'name': 'zone'})
+    except ValidationError as e: return dict(error='; '.join(f'{_spell(loc)}: expected {want}' for loc, want, _ in map(_complaint, e.errors())))
+    for loc, want, got in _check_zone(zone, ground): return dict(error=f'{_spell(loc)}: expected {want}, found {got}')
+    polygon = zone_polygon(zone, ground)
+    outline = ground.to_image(shapely.get_coordinates(shapely.segmentize(polygon.exterior, 1.)))
+    return dict(area_m2=polygon.area, outline_px=outline.round(1).tolist())
+
+def solve(d # what the page sends
+         )->dict: # what it draws
+    "Grid, residual, areas of zones and what is wrong, for the page"
+    size_hw = tuple(int(v) for v in d['size_px'])[::-1]
+    try: ground = _ground_of(Calibration.model_validate(_spec_of(d)))
+    except ValidationError as e: return dict(error='; '.join(f'{_spell(loc)}: expected {want}' for loc, want, _ in map(_complaint, e.errors())))
+    except GroundError as e: return dict(error=f'expected {e.expected}, found {e.found}')
+    lines, step = grid_lines(ground, size_hw)
+    up = find_camera(ground.matrix, size_hw)[1::2] if len(ground.points_px) else (None, 1)
+    return dict(grid=[[bold, px.round(1).tolist()] for bold, px in lines], step_m=step, residual_m=ground.residual_m, points=len(ground.points_px),
+        zones=[_solve_zone(z, ground) for z in d.get('zones', [])],
+        camera_height_m=ground.camera_height_m, suggested_height_m=up[0] if up[1] < .1 else None, head_factor=ground.head_factor(size_hw),
+        matrix=ground.matrix.tolist(), foot=None if ground.camera_m is None else list(ground.camera_m), head_m=ground.head_m)
+
+# %% ../nbs/08_ground.ipynb #08-ground-056
+class _Page(BaseHTTPRequestHandler):
+    "The calibrate page: `/`, `/image`, `/start`, `/solve`, `/save`, `/close`"
+    server_version, sys_version, protocol_version, timeout = 'crowd-density', '', 'HTTP/1.1', 30
+    def log_message(self, *args): pass
+
+    def _send(self, status, body, kind='application/json', extra=()):
+        body = body if isinstance(body, bytes) else json.dumps(body, allow_nan=False).encode()
+        self.send_response(status)
+        for k, v in (('Content-Type', kind), ('Content-Length', str(len(body))), ('Cache-Control', 'no-store'), ('X-Content-Type-Options', 'nosniff'),
+                     ('Referrer-Policy', 'no-referrer'), ('Cross-Origin-Resource-Policy', 'same-origin'), *extra): self.send_header(k, v)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _allowed(self, token):
+        "This machine, by its own name, with the token"
+        host = self.headers.get('Host', '').rsplit(':', 1)[0]
+        if host in ('127.0.0.1', 'localhost') and compare_digest(str(token).encode(), self.server.token.encode()): return True
+        self.close_connection = True
+        self._send(403, dict(error='open the address that `calibrate` printed'))
+
+    def do_GET(self):
+        url, s = urlsplit(self.path), self.server
+        if not self._allowed(parse_qs(url.query).get('token', [self.headers.get('X-Token', '')])[0]): return
+        if url.path == '/image': self._send(200, s.jpeg, 'image/jpeg')
+        elif url.path == '/start': self._send(200, s.start)
+        elif url.path == '/':
+            nonce = token_urlsafe(16)
+            policy = f"default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+            self._send(200, s.html.replace('__NONCE__', nonce).encode(), 'text/html; charset=utf-8', [('Content-Security-Policy', policy)])
+        else: self._send(404, dict(error='no such page'))
+
+    def do_POST(self):
+        self.close_connection = True
+        if not self._allowed(self.headers.get('X-Token', '')): return
+        n = self.headers.get('Content-Length', '')
+        if not n.isdigit() or int(n) > 500_000: return self._send(413, dict(error='expected at most 500 kB'))
+        try: self._send(200, self.server.answer(self.path, json.loads(self.rfile.read(int(n)) or '{}')))
+        except DataError as e: self._send(422, dict(error=scrub(e)))
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, np.linalg.LinAlgError): self._send(400, dict(error='not what the page sends'))
+        except OSError as e: self._send(500, dict(error=f'cannot write the site file: {e.strerror}'))
+
+# %% ../nbs/08_ground.ipynb #08-ground-057
+class CalibrateServer(ThreadingHTTPServer):
+    "Serves the calibrate page of one picture on 127.0.0.1; `url` opens it, `saved` is the site once it was saved"
+    daemon_threads = True
+    def __init__(self, image, # path of a picture of the camera
+                 site, # site file to write
+                 port=0 # 0 takes a free one
+                ):
+        rgb, self.site, self.saved, self.token = read_rgb(image), Path(site), None, token_urlsafe(24)
+        buffer = io.BytesIO()
+        Image.fromarray(rgb).save(buffer, 'JPEG', quality=90)
+        self.jpeg, self.html = buffer.getvalue(), files('crowd_density').joinpath('pages/calibrate.html').read_text(encoding='utf-8')
+        have = read_site(site, secrets=False).cameras if self.site.exists() else []
+        self.start = dict(size_px=rgb.shape[1::-1], image=Path(image).name, site=self.site.name, source=_beside(image, site),
+                          cameras=[c.model_dump(by_alias=True, exclude_none=True, include={'name', 'calibration', 'zones'}) for c in have])
+        super().__init__(('127.0.0.1', port), _Page)
+        self.url = f'http://127.0.0.1:{self.server_address[1]}/?token={self.token}'
+
+    def answer(self, path, d):
+        "What a POST returns"
+        if not isinstance(d, dict): raise TypeError('expected an object')
+        d = dict(d, size_px=self.start['size_px'])
+        if path == '/solve': return solve(d)
+        if path == '/save':
+            camera = _camera_of(d)
+            have = [c.name for c in read_site(self.site, secrets=False).cameras] if self.site.exists() else []
+            if camera['source'] is None and camera['name'] not in have: camera['source'] = self.start['source']
+            self.saved = save_camera(self.site, camera)
+            return dict(saved=self.site.name, zones=len(camera['zone']))
+        if path == '/close':
+            Thread(target=self.shutdown, daemon=True).start()
+            return {}
+        raise KeyError(path)
+
+def calibrate(image, # path of a picture of the camera
+              site, # site file to write or add to
+              port=0, # of the page, 0 takes a free one
+              points=None, # CSV `x,y,x_m,y_m`: calibrate from it, without the page
+              zones=None, # CSV `zone,x,y`, pixels, in order round each zone
+              name='camera', # of the camera, without the page
+              source=None, # its address, without the page
+              camera_height_m=None, # above the ground, metres, without the page
+              browser=True # open one
+             )->int: # exit status: 0 saved
+    "Calibrate a camera on a local page, or from a table of points"
+    if points is not None:
+        p, polygons = _numbers(points, _csv(points, ('x', 'y', 'x_m', 'y_m')), ('x', 'y', 'x_m', 'y_m')), {}
+        for row in _csv(zones, ('zone', 'x', 'y')) if zones else (): polygons.setdefault(row['zone'], []).append(_numbers(zones, [row], ('x', 'y'))[0])
+        g = calibrate_from_points(image, site, p[:, :2], p[:, 2:], polygons, name, source, camera_height_m)
+        print(f'{site}: camera {name}, {len(p)} points, residual {g.residual_m:.3f} m, {len(polygons)} zone(s)')
+        return 0
+    with CalibrateServer(image, site, port) as server:
+        print(f'Open {server.url}\n(this machine only; close with the page\'s button or Ctrl-C)', flush=True)
+        if browser and (os.name == 'nt' or sys.platform == 'darwin' or os.environ.get('DISPLAY') or os.environ.get('WAYLAND_DISPLAY')): webbrowser.open(server.url)
+        try: server.serve_forever(.1)
+        except KeyboardInterrupt: pass
+        print(f'{site}: saved' if server.saved else f'{site}: nothing was saved')
+        return 0 if server.saved else 1
