@@ -223,10 +223,10 @@ def count_table(r):
     if c := r.get('coverage'): rows.append([f"truth inside the {100*c['level']:.0f} % interval, share", c['covered'], f"{c['low']:.3g} to {c['high']:.3g}", None])
     return f"Counts, {r['n']} pictures", ['figure', 'model', '95 % interval', 'always the mean'], rows
 
-def pixel_table(r, key='pixel', title='Pixels, human from a tenth of a lone head\'s peak'):
+def pixel_table(r, key='pixel', title='Pixels, human from a tenth of a lone head\'s peak', classes=('human', 'background', 'macro', 'weighted')):
     "The report's table 2"
-    p, b = r[key], r[f'baseline'][key]
-    rows = [[f'{c} {k}', p[c][k], b[c][k]] for c in ('human', 'background', 'macro', 'weighted') for k in p[c]]
+    p, b = r[key], r['baseline'][key]
+    rows = [[f'{c} {k}', p[c][k], b[c][k]] for c in classes for k in p[c]]
     rows.append(['accuracy', p['accuracy'], b['accuracy']])
     names = dict(density_r2='R² of the share of people', density_r2_hard='the same from the hard mask', density_corr2='squared correlation of the share')
     return title, ['figure', 'model', 'all background'], rows + [[v, p[k], b[k]] for k, v in names.items() if k in p]
@@ -244,7 +244,7 @@ def tables(r # what `evaluate_model` gave
     out = [heat_table(r)] if 'heatmap' in r else []
     if 'mae' in r: out.append(count_table(r))
     if 'pixel' in r: out.append(pixel_table(r))
-    if 'pixel_half_peak' in r: out.append(pixel_table(r, 'pixel_half_peak', 'Pixels, human from half a peak'))
+    if 'pixel_half_peak' in r: out.append(pixel_table(r, 'pixel_half_peak', 'Pixels, human from half a peak', ('human',)))
     return out
 
 # %% ../nbs/12_report.ipynb #12-report-030
