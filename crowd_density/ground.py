@@ -8,7 +8,7 @@ __all__ = ['Point', 'PATCH_M', 'scrub', 'fill_secrets', 'GroundError', 'homograp
            'zone_polygon', 'Reading', 'measure', 'grid_lines', 'draw_grid', 'save_camera', 'calibrate_from_points',
            'solve', 'CalibrateServer', 'calibrate']
 
-# %% ../nbs/08_ground.ipynb #08-ground-003
+# %% ../nbs/08_ground.ipynb #08-ground-004
 import csv, difflib, functools, io, json, os, re, sys, webbrowser, time as clock
 from dataclasses import dataclass, asdict, replace
 from hmac import compare_digest
@@ -29,10 +29,10 @@ from scipy.sparse import csr_matrix
 
 from .data import DataError, atomic, image_size, read_rgb
 
-# %% ../nbs/08_ground.ipynb #08-ground-005
+# %% ../nbs/08_ground.ipynb #08-ground-006
 _SECRET = re.compile(r'\$\{([A-Za-z_][A-Za-z0-9_]*)\}')
 _USERINFO = re.compile(r'([A-Za-z][A-Za-z0-9+.-]*://)[^/\s"\'<>]*@')
-_QUERY = re.compile(r'([?&;](?:pass\w*|pwd|token|key|apikey|api_key|secret|auth\w*|sig\w*|access_token)=)[^&\s"\'<>]+', re.I)
+_QUERY = re.compile(r'([?&;](?:pass\w*|pwd|\w*token|key|api_?key|secret|auth\w*|sig\w*)=)[^&\s"\'<>]+', re.I)
 _known = set() # secrets that were filled in, never shown
 
 def scrub(text # anything that will be printed, logged or shown
@@ -42,7 +42,7 @@ def scrub(text # anything that will be printed, logged or shown
     for s in sorted(_known, key=len, reverse=True): text = text.replace(s, '***')
     return text
 
-# %% ../nbs/08_ground.ipynb #08-ground-008
+# %% ../nbs/08_ground.ipynb #08-ground-009
 def fill_secrets(text, # an address with `${NAME}` in it
                  env=None # where names are looked up; the environment if None
                 )->str: # the address with secrets: never print it
@@ -54,10 +54,11 @@ def fill_secrets(text, # an address with `${NAME}` in it
         return quote(value, safe="%!$&'()*+,;=~-._") if '://' in text else value
     return _SECRET.sub(put, text)
 
-# %% ../nbs/08_ground.ipynb #08-ground-011
+# %% ../nbs/08_ground.ipynb #08-ground-012
 class GroundError(DataError): "A calibration that cannot be used"
 
-_CROSSED = 'calibration', 'points in the same order in the picture and in metres', 'points that cross (the horizon would pass between them)'
+_CROSSED = ('calibration', 'points in the same order in the picture and in metres',
+            'points that cross (the horizon would pass between them)')
 
 def _normaliser(xy):
     "Matrix that moves `xy` to mean 0 and mean distance √2"
@@ -73,11 +74,12 @@ def _apply(matrix, xy):
 def _dlt(a, b):
     "Homography from `a` to `b` (both normalised), and how well the points fix it, 0 to 1"
     (x, y), (u, v), o, z = a.T, b.T, np.ones(len(a)), np.zeros(len(a))
-    rows = np.concatenate([np.stack([x, y, o, z, z, z, -u*x, -u*y, -u], 1), np.stack([z, z, z, x, y, o, -v*x, -v*y, -v], 1)])
+    rows = np.concatenate([np.stack([x, y, o, z, z, z, -u*x, -u*y, -u], 1),
+                           np.stack([z, z, z, x, y, o, -v*x, -v*y, -v], 1)])
     _, s, vt = np.linalg.svd(rows)
     return vt[-1].reshape(3, 3), s[7]/s[0]
 
-# %% ../nbs/08_ground.ipynb #08-ground-012
+# %% ../nbs/08_ground.ipynb #08-ground-013
 def homography(points_px, # (n, 2) `(x, y)` pixels, n of four or more
                points_m # (n, 2) the same places on the ground, metres
               )->np.ndarray: # (3, 3) from pixels to metres, its `w` positive on the visible ground
@@ -88,14 +90,15 @@ def homography(points_px, # (n, 2) `(x, y)` pixels, n of four or more
     n, fixed = _dlt(a, b)
     if fixed < .004: raise GroundError('calibration', 'points spread over the ground', 'points (nearly) on one line')
     if abs(n[2, 2]) < 1e-9*np.abs(n).max(): raise GroundError(*_CROSSED)
-    fit = least_squares(lambda h: (_apply(np.append(h, 1).reshape(3, 3), a)[0]-b).ravel(), (n/n[2, 2]).ravel()[:8], method='lm')
+    def off(h): return (_apply(np.append(h, 1).reshape(3, 3), a)[0]-b).ravel()
+    fit = least_squares(off, (n/n[2, 2]).ravel()[:8], method='lm')
     back = np.linalg.inv(tp)@np.append(fit.x, 1).reshape(3, 3)@tm
     matrix = np.linalg.inv(back/np.linalg.norm(back))
     w = _apply(matrix, px)[1]
     if w.min() < 0 < w.max(): raise GroundError(*_CROSSED)
     return matrix/np.abs(w).max()*np.sign(w[0])
 
-# %% ../nbs/08_ground.ipynb #08-ground-014
+# %% ../nbs/08_ground.ipynb #08-ground-019
 def find_camera(matrix, # (3, 3) pixels to metres
                 size_hw, # `(height, width)` of the picture, pixels
                 height_m=None # of the camera above the ground, metres, if known
@@ -121,7 +124,7 @@ def find_camera(matrix, # (3, 3) pixels to metres
     i = np.argmin(cost)
     return foot[i], float(up[i]), float(f[i]), float(cost[i]**.5)
 
-# %% ../nbs/08_ground.ipynb #08-ground-016
+# %% ../nbs/08_ground.ipynb #08-ground-025
 @dataclass(frozen=True, eq=False)
 class Ground:
     "The ground plane of one camera: pixels to metres and back, for feet and for heads"
@@ -147,7 +150,8 @@ class Ground:
     def _shrink(self, height_m):
         "How much nearer to the camera's foot things of this height stand than they seem"
         if not height_m or self.camera_height_m is None: return 1., np.zeros(2)
-        if self.camera_m is None: raise GroundError('calibration', 'the size of the picture (Ground.at)', 'none, so the foot of the camera is unknown')
+        if self.camera_m is None: raise GroundError('calibration', 'the size of the picture (Ground.at)',
+                                                    'none, so the foot of the camera is unknown')
         return (self.camera_height_m-height_m)/self.camera_height_m, np.asarray(self.camera_m, float)
 
     def to_ground(self, xy, # (..., 2) `(x, y)` pixels
@@ -166,7 +170,20 @@ class Ground:
         p, w = _apply(np.linalg.inv(self.matrix), foot+(np.asarray(xy_m, float)-foot)/k)
         return np.where(w[..., None] > 1e-9, p, np.nan)
 
-# %% ../nbs/08_ground.ipynb #08-ground-018
+# %% ../nbs/08_ground.ipynb #08-ground-031
+def _check_points(px, m, camera_height_m, head_m):
+    "Refuse points that cannot be fitted"
+    if min(len(px), len(m)) < 4:
+        raise GroundError('calibration', 'four or more points', f'{len(px)} in pixels, {len(m)} in metres')
+    if len(px) != len(m): raise GroundError('calibration', f'as many points in metres as in pixels ({len(px)})', len(m))
+    if not np.isfinite([px, m]).all(): raise GroundError('calibration', 'finite points', 'NaN or infinity')
+    if camera_height_m is not None and not camera_height_m > head_m+.3:
+        raise GroundError('calibration', f'a camera above the heads ({head_m} m and .3 m)',
+                          f'camera_height_m = {camera_height_m}')
+    for p, what in ((px, 'picture'), (m, 'ground')):
+        if np.linalg.matrix_rank(p-p.mean(0), tol=.02*np.ptp(p, 0).max()) < 2:
+            raise GroundError('calibration', f'points spread over the {what}', 'points (nearly) on one line')
+
 @patch(cls_method=True)
 def fit(cls:Ground, points_px, # (n, 2) `(x, y)` pixels, four or more
          points_m, # (n, 2) metres
@@ -177,22 +194,19 @@ def fit(cls:Ground, points_px, # (n, 2) `(x, y)` pixels, four or more
          **kwargs # `margin`, `max_cell_m2`
         )->Ground:
     "Ground from picture points and their places in metres, by least squares"
-    px, m = np.asarray(points_px, float).reshape(-1, 2), np.asarray(points_m, float).reshape(-1, 2)
-    if len(px) != len(m): raise GroundError('calibration', f'as many points in metres as in pixels ({len(px)})', len(m))
-    if len(px) < 4: raise GroundError('calibration', 'four or more points', len(px))
-    if not (np.isfinite(px).all() and np.isfinite(m).all()): raise GroundError('calibration', 'finite points', 'NaN or infinity')
-    if camera_height_m is not None and not camera_height_m > head_m+.3:
-        raise GroundError('calibration', f'a camera above the heads ({head_m} m and .3 m)', f'camera_height_m = {camera_height_m}')
-    for p, what in ((px, 'picture'), (m, 'ground')):
-        if np.linalg.matrix_rank(p-p.mean(0), tol=.02*np.ptp(p, 0).max()) < 2: raise GroundError('calibration', f'points spread over the {what}', 'points (nearly) on one line')
+    px, m = (np.asarray(p, float).reshape(-1, 2) for p in (points_px, points_m))
+    _check_points(px, m, camera_height_m, head_m)
     matrix = homography(px, m)
-    off_m, off_px = (np.linalg.norm(d, axis=1) for d in (_apply(matrix, px)[0]-m, _apply(np.linalg.inv(matrix), m)[0]-px))
+    off_m = np.linalg.norm(_apply(matrix, px)[0]-m, axis=1)
+    off_px = np.linalg.norm(_apply(np.linalg.inv(matrix), m)[0]-px, axis=1)
     res, width = float((off_m**2).mean()**.5), shapely.MultiPoint(m).convex_hull.area**.5
-    if res > .05*width: raise GroundError('calibration', f'points that agree within {.05*width:.2f} m', f'a residual of {res:.2f} m, most at point {off_m.argmax()+1}')
-    ground = cls(matrix, px, m, res, float((off_px**2).mean()**.5), camera_height_m, head_m, None if camera_m is None else np.asarray(camera_m, float), None, **kwargs)
+    if res > .05*width: raise GroundError('calibration', f'points that agree within {.05*width:.2f} m',
+                                          f'a residual of {res:.2f} m, most at point {off_m.argmax()+1}')
+    ground = cls(matrix, px, m, res, float((off_px**2).mean()**.5), camera_height_m, head_m,
+                 None if camera_m is None else np.asarray(camera_m, float), **kwargs)
     return ground if size_hw is None else ground.at(size_hw)
 
-# %% ../nbs/08_ground.ipynb #08-ground-020
+# %% ../nbs/08_ground.ipynb #08-ground-035
 @patch
 def at(self:Ground, size_hw # `(height, width)`, pixels
        )->Ground:
@@ -200,15 +214,17 @@ def at(self:Ground, size_hw # `(height, width)`, pixels
     size_hw = tuple(int(v) for v in size_hw)
     if self.size_hw is None:
         camera_m = self.camera_m
-        if camera_m is None and self.camera_height_m: camera_m = find_camera(self.matrix, size_hw, self.camera_height_m)[0]
+        if camera_m is None and self.camera_height_m:
+            camera_m = find_camera(self.matrix, size_hw, self.camera_height_m)[0]
         return replace(self, size_hw=size_hw, camera_m=camera_m)
     if self.size_hw == size_hw: return self
     (h0, w0), (h, w) = self.size_hw, size_hw
-    if abs(np.log((w/w0)/(h/h0))) > .02: raise GroundError('calibration', f'pictures of {w0}x{h0} pixels or in proportion', f'{w}x{h}')
+    if abs(np.log((w/w0)/(h/h0))) > .02:
+        raise GroundError('calibration', f'pictures of {w0}x{h0} pixels or in proportion', f'{w}x{h}')
     scale = np.diag([w0/w, h0/h, 1.])
     return replace(self, size_hw=size_hw, matrix=self.matrix@scale, points_px=self.points_px*[w/w0, h/h0])
 
-# %% ../nbs/08_ground.ipynb #08-ground-022
+# %% ../nbs/08_ground.ipynb #08-ground-038
 @patch(cls_method=True)
 def from_rectangle(cls:Ground, corners_px, # (4, 2) pixels, in order round the rectangle
                     sides_m, # the length from corner 1 to 2 and from corner 2 to 3, metres
@@ -220,9 +236,9 @@ def from_rectangle(cls:Ground, corners_px, # (4, 2) pixels, in order round the r
     if len(corners_px) != 4: raise GroundError('calibration', 'four corners', len(corners_px))
     return cls.fit(corners_px, [(0, 0), (a, 0), (a, b), (0, b)], **kwargs)
 
-# %% ../nbs/08_ground.ipynb #08-ground-023
+# %% ../nbs/08_ground.ipynb #08-ground-039
 def _horizon_matrix(horizon_px, size_hw, f, height_m):
-    "Homography of level ground from its horizon, the focal length (pixels) and the camera's height; the origin is under the camera"
+    "Homography of level ground from its horizon, focal length `f` (pixels) and the camera's height above the origin"
     h, w = size_hw
     k = np.array([[f, 0, (w-1)/2], [0, f, (h-1)/2], [0, 0, 1.]])
     (x0, y0), (x1, y1) = horizon_px
@@ -241,9 +257,11 @@ def from_horizon(cls:Ground, horizon_px, # (2, 2) two points of the horizon, pix
                   **kwargs # `head_m`, `margin`, `max_cell_m2`
                  )->Ground:
     "Ground from the horizon and lengths on the ground; the origin is under the camera"
-    ends, metres = np.array([[p, q] for p, q, _ in lengths], float).reshape(-1, 2, 2), np.array([m for *_, m in lengths], float)
+    ends = np.array([[p, q] for p, q, _ in lengths], float).reshape(-1, 2, 2)
+    metres = np.array([m for *_, m in lengths], float)
     if len(ends) + bool(camera_height_m) + bool(fov_deg) < 2 or not len(ends):
-        raise GroundError('calibration', 'with the horizon a length, and a second one, the camera\'s height or its field of view', f'{len(ends)} length(s)')
+        more = "with the horizon a length, and a second one, the camera's height or its field of view"
+        raise GroundError('calibration', more, f'{len(ends)} length(s)')
     f0 = size_hw[1]/2/np.tan(np.radians(fov_deg or 60)/2)
     def off(p):
         g = _apply(_horizon_matrix(horizon_px, size_hw, f0*np.exp(p[0]), np.exp(p[1])), ends)[0]
@@ -251,14 +269,16 @@ def from_horizon(cls:Ground, horizon_px, # (2, 2) two points of the horizon, pix
         return np.append(np.log(np.linalg.norm(g[:, 0]-g[:, 1], axis=1)/metres), [20*v for v, given in known if given])
     fit = least_squares(off, [0., np.log(camera_height_m or 5)], bounds=([-2, -2], [3, 6]))
     s = np.linalg.svd(fit.jac, compute_uv=False)
-    if s[-1] < .05*s[0]: raise GroundError('calibration', 'lengths that fix the focal length (one across, one away from the camera)', 'lengths that leave it open')
+    if s[-1] < .05*s[0]: raise GroundError('calibration', 'a length across and one away from the camera',
+                                           'lengths that leave the focal length open')
     height = float(np.exp(fit.x[1]))
     res = float(np.abs(np.exp(off(fit.x)[:len(metres)])-1).max())
     if res > .1: raise GroundError('calibration', 'lengths that agree within 10 %', f'{100*res:.0f} %')
     matrix, none = _horizon_matrix(horizon_px, size_hw, f0*np.exp(fit.x[0]), height), np.zeros((0, 2))
-    return cls(matrix, none, none, res*metres.mean(), 0., camera_height_m or height, camera_m=np.zeros(2), size_hw=tuple(size_hw), **kwargs)
+    return cls(matrix, none, none, res*metres.mean(), 0., camera_height_m or height, camera_m=np.zeros(2),
+               size_hw=tuple(size_hw), **kwargs)
 
-# %% ../nbs/08_ground.ipynb #08-ground-025
+# %% ../nbs/08_ground.ipynb #08-ground-045
 def _samples(size_hw, cell, k=(8, 4)):
     "k[0] x k[1] points inside each cell: pixels (rows, columns, k0*k1, 2), and which lie inside the picture"
     (h, w), (ky, kx) = size_hw, k
@@ -272,14 +292,15 @@ def _sample_areas(ground, xy, height_m):
     "Ground area of a square pixel at `xy` of things `height_m` above the ground, m²; NaN above the horizon"
     w = _apply(ground.matrix, xy)[1]
     k = ground._shrink(height_m)[0]
-    with np.errstate(divide='ignore', invalid='ignore'): return np.where(w > 1e-9, abs(np.linalg.det(ground.matrix))*k**2/w**3, np.nan)
+    with np.errstate(divide='ignore', invalid='ignore'):
+        return np.where(w > 1e-9, abs(np.linalg.det(ground.matrix))*k**2/w**3, np.nan)
 
 @patch
 def cell_area(self:Ground, size_hw, # `(height, width)` of the picture, pixels
                cell, # side of a cell, pixels
                height_m=None # of what is counted above the ground; heads if None
               )->np.ndarray: # (rows, columns) m² a cell; NaN where it is unknown
-    "Ground that each cell of a map covers; NaN outside the calibrated ground, above the horizon, and where a cell covers more than `max_cell_m2`"
+    "Ground that each cell of a map covers; NaN beyond the horizon or the calibrated ground, and above `max_cell_m2`"
     g = self.at(size_hw)
     height_m = g.head_m if height_m is None else height_m
     xy, inside = _samples(size_hw, cell)
@@ -287,10 +308,11 @@ def cell_area(self:Ground, size_hw, # `(height, width)` of the picture, pixels
     full = area/inside.mean(-1)
     middle = g.to_ground(np.stack(np.meshgrid(*((np.arange(n)+.5)*cell for n in area.shape[::-1])), -1), height_m)
     known = np.isfinite(middle).all(-1) & (full <= g.max_cell_m2)
-    if g.trusted is not None: known &= shapely.contains_xy(g.trusted, np.nan_to_num(middle[..., 0], nan=1e9), np.nan_to_num(middle[..., 1], nan=1e9))
+    x, y = np.moveaxis(np.nan_to_num(middle, nan=1e9), -1, 0)
+    if g.trusted is not None: known &= shapely.contains_xy(g.trusted, x, y)
     return np.where(known, area, np.nan)
 
-# %% ../nbs/08_ground.ipynb #08-ground-027
+# %% ../nbs/08_ground.ipynb #08-ground-051
 @patch
 def head_factor(self:Ground, size_hw=None # of the picture, pixels
                 )->float: # 1 where heads are corrected
@@ -303,10 +325,11 @@ def head_factor(self:Ground, size_hw=None # of the picture, pixels
     height = max(height, self.head_m+1)
     return float((height/(height-self.head_m))**2)
 
-# %% ../nbs/08_ground.ipynb #08-ground-029
+# %% ../nbs/08_ground.ipynb #08-ground-054
 class SiteError(DataError): "A site file that cannot be used; names line and key"
 
-class _Model(BaseModel): model_config = ConfigDict(extra='forbid', populate_by_name=True, allow_inf_nan=False, hide_input_in_errors=True)
+class _Model(BaseModel):
+    model_config = ConfigDict(extra='forbid', populate_by_name=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 class Level(_Model):
     "When a level is entered and left, people per m² and seconds"
@@ -321,7 +344,7 @@ class Levels(_Model):
     crowded: Level=Level(enter=4., leave=3.2, for_=5, hold=10)
     critical: Level=Level(enter=5., leave=4., for_=3, hold=20)
 
-# %% ../nbs/08_ground.ipynb #08-ground-030
+# %% ../nbs/08_ground.ipynb #08-ground-055
 Point = tuple[float, float]
 
 class Zone(_Model):
@@ -353,24 +376,27 @@ class Calibration(_Model):
     margin: float=Field(.5, ge=0)
     max_cell_m2: float=Field(4., gt=0)
 
-# %% ../nbs/08_ground.ipynb #08-ground-031
+# %% ../nbs/08_ground.ipynb #08-ground-056
 def _ground_of(spec # a `Calibration`
               )->Ground:
     "The `Ground` that a calibration describes"
-    kw = dict(camera_height_m=spec.camera_height_m, head_m=spec.head_m, margin=spec.margin, max_cell_m2=spec.max_cell_m2)
+    kw = {k: getattr(spec, k) for k in ('camera_height_m', 'head_m', 'margin', 'max_cell_m2')}
     size_hw = spec.size_px and spec.size_px[::-1]
-    ways = [w for w, v in (('points_px', spec.points_px), ('rectangle_px', spec.rectangle_px), ('horizon_px', spec.horizon_px)) if v is not None]
-    if len(ways) != 1: raise GroundError('calibration', 'one of points_px, rectangle_px, horizon_px', ' and '.join(ways) or 'none')
+    ways = [w for w in ('points_px', 'rectangle_px', 'horizon_px') if getattr(spec, w) is not None]
+    if len(ways) != 1:
+        raise GroundError('calibration', 'one of points_px, rectangle_px, horizon_px', ' and '.join(ways) or 'none')
     if spec.horizon_px is not None:
         if size_hw is None: raise GroundError('calibration', 'size_px = [width, height] beside horizon_px', 'none')
-        return Ground.from_horizon(spec.horizon_px, [(*l.px, l.m) for l in spec.lengths], size_hw, fov_deg=spec.fov_deg, **kw)
+        lengths = [(*l.px, l.m) for l in spec.lengths]
+        return Ground.from_horizon(spec.horizon_px, lengths, size_hw, fov_deg=spec.fov_deg, **kw)
     kw.update(size_hw=size_hw, camera_m=spec.camera_m)
     if spec.rectangle_px is not None:
-        if spec.rectangle_m is None: raise GroundError('calibration', 'rectangle_m = [side, side] beside rectangle_px', 'none')
+        if spec.rectangle_m is None:
+            raise GroundError('calibration', 'rectangle_m = [side, side] beside rectangle_px', 'none')
         return Ground.from_rectangle(spec.rectangle_px, spec.rectangle_m, **kw)
     return Ground.fit(spec.points_px, [] if spec.points_m is None else spec.points_m, **kw)
 
-# %% ../nbs/08_ground.ipynb #08-ground-033
+# %% ../nbs/08_ground.ipynb #08-ground-060
 class Camera(_Model):
     "A camera, its calibration and its zones"
     name: str=Field(min_length=1)
@@ -406,8 +432,9 @@ class Site(_Model):
         "The camera called `name`"
         return {c.name: c for c in self.cameras}[name]
 
-# %% ../nbs/08_ground.ipynb #08-ground-035
-_HEADER, _KEY = re.compile(r'^\s*(\[\[?)\s*([\w."\' -]+?)\s*\]\]?\s*(#.*)?$'), re.compile(r'^\s*([\w."\'-]+(?:\s*\.\s*[\w"\'-]+)*)\s*=')
+# %% ../nbs/08_ground.ipynb #08-ground-063
+_HEADER = re.compile(r'^\s*(\[\[?)\s*([\w."\' -]+?)\s*\]\]?\s*(#.*)?$')
+_KEY = re.compile(r'^\s*([\w."\'-]+(?:\s*\.\s*[\w"\'-]+)*)\s*=')
 _STRING = re.compile(r'"(?:\\.|[^"\\])*"|\'[^\']*\'|#.*')
 
 def locate(text # of a TOML file
@@ -431,7 +458,7 @@ def locate(text # of a TOML file
         depth = max(0, depth + sum(bare.count(c) for c in '[{') - sum(bare.count(c) for c in ']}'))
     return lines
 
-# %% ../nbs/08_ground.ipynb #08-ground-036
+# %% ../nbs/08_ground.ipynb #08-ground-064
 def _spell(loc):
     "('camera', 0, 'name') -> 'camera[0].name'"
     return ''.join(f'[{p}]' if isinstance(p, int) else f'.{p}' for p in loc).lstrip('.')
@@ -464,47 +491,58 @@ def _complaint(error):
     want = error['msg'].removeprefix('Input should be ').removeprefix('Value error, ')
     return loc, want[:1].lower()+want[1:], scrub(repr(seen))[:80]
 
-# %% ../nbs/08_ground.ipynb #08-ground-038
+# %% ../nbs/08_ground.ipynb #08-ground-067
 def _check_levels(levels):
     "Complaints about thresholds"
-    below = None
+    low = below = None
     for name in ('busy', 'crowded', 'critical'):
         level = getattr(levels, name)
         if not level.leave < level.enter: yield (name, 'leave'), f'below enter {level.enter:g}', f'{level.leave:g}'
-        if below and not level.enter > below[1].enter: yield (name, 'enter'), f'above the enter of {below[0]}, {below[1].enter:g}', f'{level.enter:g}'
-        if below and not level.leave >= below[1].leave: yield (name, 'leave'), f'at least the leave of {below[0]}, {below[1].leave:g}', f'{level.leave:g}'
-        below = name, level
+        if below and not level.enter > below.enter:
+            yield (name, 'enter'), f"above {low}'s {below.enter:g}", f'{level.enter:g}'
+        if below and level.leave < below.leave:
+            yield (name, 'leave'), f"{low}'s {below.leave:g} or more", f'{level.leave:g}'
+        low, below = name, level
 
 def _check_zone(zone, ground):
     "Complaints about a zone"
-    if (zone.polygon_px is None) == (zone.polygon_m is None):
-        yield (), 'one of polygon_px and polygon_m', 'both' if zone.polygon_px else 'neither'
-        return
     key = 'polygon_px' if zone.polygon_m is None else 'polygon_m'
     points = getattr(zone, key)
-    if len(points) < 3: yield (key,), 'three or more points', f'{len(points)}'
-    elif not (shape := shapely.Polygon(points)).is_valid: yield (key,), 'a polygon that does not cross itself', shapely.is_valid_reason(shape)
+    if (zone.polygon_px is None) == (zone.polygon_m is None):
+        yield (), 'one of polygon_px and polygon_m', 'both' if zone.polygon_px else 'neither'
+    elif len(points) < 3: yield (key,), 'three or more points', f'{len(points)}'
+    elif not (shape := shapely.Polygon(points)).is_valid:
+        yield (key,), 'a polygon that does not cross itself', shapely.is_valid_reason(shape)
     elif shape.area <= 0: yield (key,), 'a polygon with an area', 'points on one line'
-    elif ground is not None:
-        px = np.array(points) if key == 'polygon_px' else _apply(np.linalg.inv(ground.matrix), np.array(points))[0]
-        w = _apply(ground.matrix, points)[1] if key == 'polygon_px' else _apply(np.linalg.inv(ground.matrix), np.array(points))[1]
-        if w.min() <= 1e-9: yield (key,), 'a zone on the ground, in front of the camera and below the horizon', f'point {w.argmin()+1} beyond it'
-        elif ground.size_hw is not None:
-            h, w = ground.size_hw
-            out = ((px < -.5) | (px > [w+.5, h+.5])).any(1)
-            if key == 'polygon_px' and out.any(): yield (key,), f'points inside the picture of {w}x{h}', f'point {out.argmax()+1} at {px[out.argmax()].round(1).tolist()}'
+    elif ground is not None: yield from (((key,), want, got) for want, got in _check_sight(points, key, ground))
     yield from ((('levels', *loc), want, got) for loc, want, got in _check_levels(zone.levels))
 
-# %% ../nbs/08_ground.ipynb #08-ground-039
+def _check_sight(points, key, ground):
+    "Complaints about where a zone lies"
+    px, w = _apply(ground.matrix if key == 'polygon_px' else np.linalg.inv(ground.matrix), points)
+    if w.min() <= 1e-9:
+        yield 'a zone on the ground, in front of the camera and below the horizon', f'point {w.argmin()+1} beyond it'
+    elif key == 'polygon_px' and ground.size_hw is not None:
+        size, px = ground.size_hw[::-1], np.array(points)
+        out = ((px < 0) | (px > size)).any(1)
+        i = out.argmax()
+        if out.any(): yield 'points inside the picture of {}x{}'.format(*size), f'point {i+1} at {px[i].tolist()}'
+
+# %% ../nbs/08_ground.ipynb #08-ground-068
 def _check_camera(camera, secrets):
     "Complaints about a camera"
     for name in _SECRET.findall(camera.source):
-        if secrets and not os.environ.get(name): yield ('source',), f'the environment variable {name} to be set (export {name}=…)', 'none'
+        if secrets and not os.environ.get(name):
+            yield ('source',), f'the environment variable {name} to be set (export {name}=…)', 'none'
     userinfo = re.match(r'[\w+.-]+://[^/\s]*:([^/\s]*)@', camera.source)
-    if userinfo and userinfo[1] and not _SECRET.search(userinfo[1]): yield ('source',), 'the password as ${NAME}, set in the environment', 'a password written in the file'
+    if userinfo and userinfo[1] and not _SECRET.search(userinfo[1]):
+        yield ('source',), 'the password as ${NAME}, set in the environment', 'a password written in the file'
     ground = None
     try: ground = camera.ground
-    except GroundError as e: yield ('ground',), e.expected, e.found
+    except GroundError as e:
+        keys = ('camera_height_m',)*('camera_height_m' in str(e.found)) + ('points_px', 'rectangle_px', 'horizon_px')
+        key = [k for k in keys if getattr(camera.calibration, k) is not None]
+        yield ('ground', *key[:1]), e.expected, e.found
     seen = set()
     for j, zone in enumerate(camera.zones):
         if zone.name in seen: yield ('zone', j, 'name'), 'each zone name once a camera', f'{zone.name!r} again'
@@ -519,7 +557,7 @@ def _check_site(site, secrets):
         seen.add(camera.name)
         yield from ((('camera', i, *loc), want, got) for loc, want, got in _check_camera(camera, secrets))
 
-# %% ../nbs/08_ground.ipynb #08-ground-040
+# %% ../nbs/08_ground.ipynb #08-ground-069
 def parse_site(text, # TOML
                name='site.toml', # for messages
                secrets=True # False: do not ask for the environment's
@@ -529,7 +567,8 @@ def parse_site(text, # TOML
     try: site = Site.model_validate(_plain(tomlkit.parse(text)))
     except tomlkit.exceptions.TOMLKitError as e:
         at = getattr(e, 'line', None)
-        raise SiteError(f'{name} line {at}' if at else name, 'TOML', scrub(re.sub(r' at line \d+.*', '', str(e)))) from None
+        found = scrub(re.sub(r' at line \d+.*', '', str(e)))
+        raise SiteError(f'{name} line {at}' if at else name, 'TOML', found) from None
     except ValidationError as e: wrong = [_complaint(x) for x in e.errors()]
     else: wrong = list(_check_site(site, secrets))
     if not wrong: return site
@@ -557,7 +596,7 @@ def read_site(path, # of the TOML file
     for c in site.cameras: c._folder = path.parent
     return site
 
-# %% ../nbs/08_ground.ipynb #08-ground-042
+# %% ../nbs/08_ground.ipynb #08-ground-074
 PATCH_M = 2. # side of the worst patch's window, metres
 
 @dataclass
@@ -580,7 +619,7 @@ def _raster(polygon):
     step = PATCH_M/next((n for n in (8, 4, 2) if max(x1-x0, y1-y0) < 400*PATCH_M/n), 1)
     return np.array([x0, y0]), step, (int(np.ceil((y1-y0)/step)) or 1, int(np.ceil((x1-x0)/step)) or 1)
 
-# %% ../nbs/08_ground.ipynb #08-ground-043
+# %% ../nbs/08_ground.ipynb #08-ground-075
 def _known_area(ground, polygon, size_hw, cells, cell):
     "Known area of the zone in each raster cell (m²), and the known part of it"
     corner, step, shape = _raster(polygon)
@@ -612,7 +651,7 @@ def _plan(camera, zone, size_hw, cell):
     people = csr_matrix((share[hit], (row*shape[1]+col, column[hit])), (shape[0]*shape[1], cells.size))
     return _Plan(people, area, float(area.sum()), known, round(PATCH_M/step), float(share[hit].sum()/cells.size))
 
-# %% ../nbs/08_ground.ipynb #08-ground-044
+# %% ../nbs/08_ground.ipynb #08-ground-076
 def _window_sums(a, n):
     "Sums of all n x n windows that touch `a`"
     s = np.pad(a, n-1 if n > 1 else 0).cumsum(0).cumsum(1)
@@ -642,38 +681,41 @@ class Reading:
         "As a dict"
         return asdict(self)
 
-# %% ../nbs/08_ground.ipynb #08-ground-046
+# %% ../nbs/08_ground.ipynb #08-ground-080
 def _reading(camera, zone, estimate, time, min_known):
     "One zone's reading, or a text why there is none"
+    if estimate.error or estimate.density is None: return estimate.error or 'the model gives no density'
     size_hw, cell = tuple(estimate.size_hw), estimate.cell
-    key = zone.name, size_hw, cell
+    key, shape = (zone.name, size_hw, cell), tuple(-(-n//cell) for n in size_hw)
     if key not in camera._plans: camera._plans[key] = _plan(camera, zone, size_hw, cell)
-    plan, shape = camera._plans[key], tuple(-(-n//cell) for n in size_hw)
-    if plan.known < min_known: return f'{100*(1-plan.known):.0f} % of the zone is outside the picture or its calibrated ground'
-    if estimate.density.shape != shape: raise GroundError('density', f'a map of {shape} cells of {cell} px', estimate.density.shape)
-    if not np.isfinite(estimate.density).all(): return 'the model gave no number'
-    people = (plan.people@estimate.density.ravel().astype(float)).reshape(plan.raster_m2.shape)
-    n, total = float(people.sum()), float(estimate.density.sum())
+    plan, d = camera._plans[key], estimate.density
+    if plan.known < min_known:
+        return f'{100*(1-plan.known):.0f} % of the zone lies outside the picture or its calibrated ground'
+    if d.shape != shape: raise GroundError('density', f'a map of {shape} cells of {cell} px', d.shape)
+    if not np.isfinite(d).all(): return 'the model gave no number'
+    people = (plan.people@d.ravel().astype(float)).reshape(plan.raster_m2.shape)
+    n, total = float(people.sum()), float(d.sum())
     low, high = ((total if v is None else float(v)) for v in (estimate.low, estimate.high))
     ends = [n*v/total if total >= 1 else n+(v-total)*plan.picture for v in (low, high)]
     density, low, high = (max(v, 0)/plan.area_m2 for v in (n, *ends))
     high *= camera.ground.head_factor(size_hw)
-    return Reading(camera.name, zone.name, time, density, min(low, density), max(high, density), max(_worst_patch(people, plan), density), n)
+    worst = max(_worst_patch(people, plan), density)
+    return Reading(camera.name, zone.name, time, density, min(low, density), max(high, density), worst, n)
 
 def measure(camera, # a `Camera`
-            estimate, # of its picture: `density`, `cell`, `size_hw`, `low`, `high`
+            estimate, # of its picture: `density`, `cell`, `size_hw`, `low`, `high`, `error`
             time=None, # seconds; now if None
             min_known=.8 # part of a zone that must be known
            )->list[Reading]: # one a zone
     "People per m² in each zone of `camera`"
     time, out = clock.time() if time is None else time, []
     for zone in camera.zones:
-        try: r = estimate.error or (_reading(camera, zone, estimate, time, min_known) if estimate.density is not None else 'the model gives no density')
+        try: r = _reading(camera, zone, estimate, time, min_known)
         except GroundError as e: r = f'expected {e.expected}, found {e.found}'
         out.append(r if isinstance(r, Reading) else Reading(camera.name, zone.name, time, reason=r))
     return out
 
-# %% ../nbs/08_ground.ipynb #08-ground-048
+# %% ../nbs/08_ground.ipynb #08-ground-092
 def _runs(ok):
     "Start and end of each run of True that is longer than one"
     edges = np.flatnonzero(np.diff(np.concatenate([[0], ok.astype(int), [0]])))
@@ -694,7 +736,7 @@ def grid_lines(ground, # a `Ground`
     "Lines of a metre grid on the calibrated ground, as seen in the picture"
     ground = ground.at(size_hw)
     box = np.array(_shown(ground, size_hw)).reshape(2, 2)
-    step = step_m or next(s*10**e for e in range(-1, 9) for s in (1, 2, 5) if np.ptp(box, 0).sum()/(s*10**e) <= 60 and s*10**e >= 1)
+    step = step_m or next(s*10**e for e in range(9) for s in (1, 2, 5) if np.ptp(box, 0).sum() <= 60*s*10**e)
     lines = []
     for axis in (0, 1):
         along = np.linspace(box[0, 1-axis], box[1, 1-axis], 200)
@@ -706,7 +748,7 @@ def grid_lines(ground, # a `Ground`
             lines += [(k % 5 == 0, px[a:b]) for a, b in _runs(ok)]
     return lines, float(step)
 
-# %% ../nbs/08_ground.ipynb #08-ground-049
+# %% ../nbs/08_ground.ipynb #08-ground-093
 def draw_grid(rgb, # uint8 (h, w, 3)
               ground, # a `Ground`
               step_m=None, # between lines, metres
@@ -716,14 +758,15 @@ def draw_grid(rgb, # uint8 (h, w, 3)
     "The picture with a metre grid on its ground, every fifth line bold, and its zones"
     image, size_hw = Image.fromarray(rgb), rgb.shape[:2]
     draw, ground, width = ImageDraw.Draw(image), ground.at(size_hw), max(1, round(max(size_hw)/900))
-    for bold, px in grid_lines(ground, size_hw, step_m)[0]: draw.line([tuple(p) for p in px], fill=colour, width=width*(2 if bold else 1))
+    for bold, px in grid_lines(ground, size_hw, step_m)[0]:
+        draw.line([tuple(p) for p in px], fill=colour, width=width*(2 if bold else 1))
     for zone in zones:
         edge = shapely.segmentize(zone_polygon(zone, ground).exterior, .25)
         px = ground.to_image(shapely.get_coordinates(edge))
         draw.line([tuple(p) for p in px if np.isfinite(p).all()], fill=(255, 80, 200), width=2*width+1)
     return np.array(image)
 
-# %% ../nbs/08_ground.ipynb #08-ground-051
+# %% ../nbs/08_ground.ipynb #08-ground-099
 def _toml(v):
     "A value as TOML: lists on one line, tables inline"
     if isinstance(v, dict):
@@ -771,7 +814,7 @@ def save_camera(path, # of the site file, made if it is missing
     with atomic(path) as p: p.write_text(text, encoding='utf-8')
     return site
 
-# %% ../nbs/08_ground.ipynb #08-ground-053
+# %% ../nbs/08_ground.ipynb #08-ground-101
 def calibrate_from_points(image, # path of a picture of the camera, or its `(height, width)`
                           site, # site file to write
                           points_px, # (n, 2) pixels
@@ -785,7 +828,8 @@ def calibrate_from_points(image, # path of a picture of the camera, or its `(hei
     "Calibrate a camera and save it in a site file, without a browser"
     h, w = image if isinstance(image, tuple) else image_size(image)
     source = source or _beside(image, site)
-    ground = dict(points_px=np.asarray(points_px, float), points_m=np.asarray(points_m, float), camera_height_m=camera_height_m, head_m=head_m, size_px=[w, h])
+    ground = dict(points_px=np.asarray(points_px, float), points_m=np.asarray(points_m, float),
+                  camera_height_m=camera_height_m, head_m=head_m, size_px=[w, h])
     zone = [dict(name=n, polygon_px=np.asarray(p, float)) for n, p in dict(zones).items()]
     return save_camera(site, dict(name=name, source=source, ground=ground, zone=zone)).camera(name).ground
 
@@ -797,72 +841,89 @@ def _beside(image, site):
 def _csv(path, columns):
     "Rows of a CSV as dicts, its columns checked"
     with open(path, newline='', encoding='utf-8-sig') as f: rows = list(csv.DictReader(f))
-    if not rows or not set(columns) <= set(rows[0]): raise DataError(path, f'the columns {",".join(columns)} and rows', ','.join(rows[0]) if rows else 'no rows')
+    if not rows or not set(columns) <= set(rows[0]):
+        found = ','.join(map(str, rows[0])) if rows else 'no rows'
+        raise DataError(path, f'the columns {",".join(columns)} and rows', found)
     return rows
 
 def _numbers(path, rows, columns):
     "Columns of rows as floats (n, columns)"
     try: return np.array([[float(r[c]) for c in columns] for r in rows])
-    except (ValueError, TypeError): raise DataError(path, f'numbers in {", ".join(columns)}', 'something else') from None
+    except (ValueError, TypeError):
+        raise DataError(path, f'numbers in {", ".join(columns)}', 'something else') from None
 
-# %% ../nbs/08_ground.ipynb #08-ground-055
+# %% ../nbs/08_ground.ipynb #08-ground-104
 def _spec_of(d):
     "The `Calibration` (as a dict) of what the page sends"
     clicks, kind = [[float(x), float(y)] for x, y in d.get('points', [])], d.get('method')
-    g = dict(camera_height_m=d.get('camera_height_m'), head_m=d.get('head_m') or 1.6, size_px=[int(v) for v in d['size_px']])
+    size = [int(v) for v in d['size_px']]
+    g = dict(camera_height_m=d.get('camera_height_m'), head_m=d.get('head_m') or 1.6, size_px=size)
     if kind == 'rectangle': g.update(rectangle_px=clicks, rectangle_m=d.get('sides_m'))
     elif kind == 'horizon':
-        metres = d.get('lengths_m', [])
-        g.update(horizon_px=clicks[:2], fov_deg=d.get('fov_deg'), lengths=[dict(px=clicks[2+2*i:4+2*i], m=m) for i, m in enumerate(metres) if len(clicks) >= 4+2*i and m])
+        pairs = zip(clicks[2::2], clicks[3::2], d.get('lengths_m', []))
+        lengths = [dict(px=[p, q], m=m) for p, q, m in pairs if m]
+        g.update(horizon_px=clicks[:2], fov_deg=d.get('fov_deg'), lengths=lengths)
     else: g.update(points_px=clicks, points_m=d.get('places_m'))
     return {k: v for k, v in g.items() if v is not None}
 
 def _camera_of(d):
     "A camera as the site file holds it, of what the page sends"
-    zones = [{k: z[k] for k in ('name', 'polygon_px', 'polygon_m', 'judge', 'levels') if z.get(k) is not None} for z in d.get('zones', [])]
+    keys = 'name', 'polygon_px', 'polygon_m', 'judge', 'levels'
+    zones = [{k: z[k] for k in keys if z.get(k) is not None} for z in d.get('zones', [])]
     return dict(name=d.get('name', ''), source=d.get('source') or None, ground=_spec_of(d), zone=zones)
 
 def _solve_zone(d, ground):
     "Area and outline of a zone, or what is wrong with it"
-    try: zone = Zone.model_validate({k: d[k] for k in ('polygon_px', 'polygon_m', 'levels') if d.get(k) is not None} | {'name': 'zone'})
-    except ValidationError as e: return dict(error='; '.join(f'{_spell(loc)}: expected {want}' for loc, want, _ in map(_complaint, e.errors())))
+    d = {k: d[k] for k in ('polygon_px', 'polygon_m', 'levels') if d.get(k) is not None}
+    try: zone = Zone.model_validate(dict(d, name='zone'))
+    except ValidationError as e: return dict(error=_told(e))
     for loc, want, got in _check_zone(zone, ground): return dict(error=f'{_spell(loc)}: expected {want}, found {got}')
     polygon = zone_polygon(zone, ground)
     outline = ground.to_image(shapely.get_coordinates(shapely.segmentize(polygon.exterior, 1.)))
     return dict(area_m2=polygon.area, outline_px=outline.round(1).tolist())
 
+def _told(e): return '; '.join(f'{_spell(loc)}: expected {want}' for loc, want, _ in map(_complaint, e.errors()))
+
+# %% ../nbs/08_ground.ipynb #08-ground-105
 def solve(d # what the page sends
          )->dict: # what it draws
     "Grid, residual, areas of zones and what is wrong, for the page"
     size_hw = tuple(int(v) for v in d['size_px'])[::-1]
     try: ground = _ground_of(Calibration.model_validate(_spec_of(d)))
-    except ValidationError as e: return dict(error='; '.join(f'{_spell(loc)}: expected {want}' for loc, want, _ in map(_complaint, e.errors())))
+    except ValidationError as e: return dict(error=_told(e))
     except GroundError as e: return dict(error=f'expected {e.expected}, found {e.found}')
     lines, step = grid_lines(ground, size_hw)
-    up = find_camera(ground.matrix, size_hw)[1::2] if len(ground.points_px) else (None, 1)
-    return dict(grid=[[bold, px.round(1).tolist()] for bold, px in lines], step_m=step, residual_m=ground.residual_m, points=len(ground.points_px),
-        zones=[_solve_zone(z, ground) for z in d.get('zones', [])],
-        camera_height_m=ground.camera_height_m, suggested_height_m=up[0] if up[1] < .1 else None, head_factor=ground.head_factor(size_hw),
-        matrix=ground.matrix.tolist(), foot=None if ground.camera_m is None else list(ground.camera_m), head_m=ground.head_m)
+    height, off = find_camera(ground.matrix, size_hw)[1::2] if len(ground.points_px) else (None, 1)
+    return dict(grid=[[bold, px.round(1).tolist()] for bold, px in lines], step_m=step,
+        residual_m=ground.residual_m, points=len(ground.points_px),
+        zones=[_solve_zone(z, ground) for z in d.get('zones', [])], camera_height_m=ground.camera_height_m,
+        suggested_height_m=height if off < .1 else None, head_factor=ground.head_factor(size_hw),
+        matrix=ground.matrix.tolist(), foot=None if ground.camera_m is None else list(ground.camera_m))
 
-# %% ../nbs/08_ground.ipynb #08-ground-056
+# %% ../nbs/08_ground.ipynb #08-ground-107
+_PAGE_HEADERS = {'Cache-Control': 'no-store', 'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer',
+                 'Cross-Origin-Resource-Policy': 'same-origin'}
+_POLICY = ("default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src 'nonce-{0}'; "
+           "script-src 'nonce-{0}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+_NOT_OURS = ValueError, TypeError, KeyError, IndexError, AttributeError, np.linalg.LinAlgError
+
 class _Page(BaseHTTPRequestHandler):
     "The calibrate page: `/`, `/image`, `/start`, `/solve`, `/save`, `/close`"
     server_version, sys_version, protocol_version, timeout = 'crowd-density', '', 'HTTP/1.1', 30
     def log_message(self, *args): pass
 
-    def _send(self, status, body, kind='application/json', extra=()):
+    def _send(self, status, body, kind='application/json', *extra):
         body = body if isinstance(body, bytes) else json.dumps(body, allow_nan=False).encode()
         self.send_response(status)
-        for k, v in (('Content-Type', kind), ('Content-Length', str(len(body))), ('Cache-Control', 'no-store'), ('X-Content-Type-Options', 'nosniff'),
-                     ('Referrer-Policy', 'no-referrer'), ('Cross-Origin-Resource-Policy', 'same-origin'), *extra): self.send_header(k, v)
+        own = {'Content-Type': kind, 'Content-Length': str(len(body))}
+        for k, v in (own | _PAGE_HEADERS | dict(extra)).items(): self.send_header(k, v)
         self.end_headers()
         self.wfile.write(body)
 
     def _allowed(self, token):
         "This machine, by its own name, with the token"
-        host = self.headers.get('Host', '').rsplit(':', 1)[0]
-        if host in ('127.0.0.1', 'localhost') and compare_digest(str(token).encode(), self.server.token.encode()): return True
+        host, own = self.headers.get('Host', '').rsplit(':', 1)[0], self.server.token
+        if host in ('127.0.0.1', 'localhost') and compare_digest(str(token).encode(), own.encode()): return True
         self.close_connection = True
         self._send(403, dict(error='open the address that `calibrate` printed'))
 
@@ -873,8 +934,8 @@ class _Page(BaseHTTPRequestHandler):
         elif url.path == '/start': self._send(200, s.start)
         elif url.path == '/':
             nonce = token_urlsafe(16)
-            policy = f"default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-            self._send(200, s.html.replace('__NONCE__', nonce).encode(), 'text/html; charset=utf-8', [('Content-Security-Policy', policy)])
+            policy, html = _POLICY.format(nonce), s.html.replace('__NONCE__', nonce).encode()
+            self._send(200, html, 'text/html; charset=utf-8', ('Content-Security-Policy', policy))
         else: self._send(404, dict(error='no such page'))
 
     def do_POST(self):
@@ -884,10 +945,10 @@ class _Page(BaseHTTPRequestHandler):
         if not n.isdigit() or int(n) > 500_000: return self._send(413, dict(error='expected at most 500 kB'))
         try: self._send(200, self.server.answer(self.path, json.loads(self.rfile.read(int(n)) or '{}')))
         except DataError as e: self._send(422, dict(error=scrub(e)))
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, np.linalg.LinAlgError): self._send(400, dict(error='not what the page sends'))
+        except _NOT_OURS: self._send(400, dict(error='not what the page sends'))
         except OSError as e: self._send(500, dict(error=f'cannot write the site file: {e.strerror}'))
 
-# %% ../nbs/08_ground.ipynb #08-ground-057
+# %% ../nbs/08_ground.ipynb #08-ground-108
 class CalibrateServer(ThreadingHTTPServer):
     "Serves the calibrate page of one picture on 127.0.0.1; `url` opens it, `saved` is the site once it was saved"
     daemon_threads = True
@@ -896,14 +957,17 @@ class CalibrateServer(ThreadingHTTPServer):
                  port=0 # 0 takes a free one
                 ):
         rgb, self.site, self.saved, self.token = read_rgb(image), Path(site), None, token_urlsafe(24)
-        buffer = io.BytesIO()
+        buffer, page = io.BytesIO(), files('crowd_density')/'pages'/'calibrate.html'
+        keys = {'name', 'calibration', 'zones'}
         Image.fromarray(rgb).save(buffer, 'JPEG', quality=90)
-        self.jpeg, self.html = buffer.getvalue(), files('crowd_density').joinpath('pages/calibrate.html').read_text(encoding='utf-8')
-        have = read_site(site, secrets=False).cameras if self.site.exists() else []
-        self.start = dict(size_px=rgb.shape[1::-1], image=Path(image).name, site=self.site.name, source=_beside(image, site),
-                          cameras=[c.model_dump(by_alias=True, exclude_none=True, include={'name', 'calibration', 'zones'}) for c in have])
+        self.jpeg, self.html = buffer.getvalue(), page.read_text(encoding='utf-8')
+        have = [c.model_dump(by_alias=True, exclude_none=True, include=keys) for c in self._cameras()]
+        self.start = dict(size_px=rgb.shape[1::-1], image=Path(image).name, site=self.site.name,
+                          source=_beside(image, site), cameras=have)
         super().__init__(('127.0.0.1', port), _Page)
         self.url = f'http://127.0.0.1:{self.server_address[1]}/?token={self.token}'
+
+    def _cameras(self): return read_site(self.site, secrets=False).cameras if self.site.exists() else []
 
     def answer(self, path, d):
         "What a POST returns"
@@ -912,14 +976,21 @@ class CalibrateServer(ThreadingHTTPServer):
         if path == '/solve': return solve(d)
         if path == '/save':
             camera = _camera_of(d)
-            have = [c.name for c in read_site(self.site, secrets=False).cameras] if self.site.exists() else []
-            if camera['source'] is None and camera['name'] not in have: camera['source'] = self.start['source']
+            new = camera['name'] not in [c.name for c in self._cameras()]
+            if new and camera['source'] is None: camera['source'] = self.start['source']
             self.saved = save_camera(self.site, camera)
             return dict(saved=self.site.name, zones=len(camera['zone']))
         if path == '/close':
             Thread(target=self.shutdown, daemon=True).start()
             return {}
         raise KeyError(path)
+
+# %% ../nbs/08_ground.ipynb #08-ground-109
+def _has_screen():
+    "Is there a screen on which a browser could open?"
+    return os.name == 'nt' or sys.platform == 'darwin' or any(os.environ.get(k) for k in ('DISPLAY', 'WAYLAND_DISPLAY'))
+
+_PLACES = 'x', 'y', 'x_m', 'y_m'
 
 def calibrate(image, # path of a picture of the camera
               site, # site file to write or add to
@@ -933,14 +1004,15 @@ def calibrate(image, # path of a picture of the camera
              )->int: # exit status: 0 saved
     "Calibrate a camera on a local page, or from a table of points"
     if points is not None:
-        p, polygons = _numbers(points, _csv(points, ('x', 'y', 'x_m', 'y_m')), ('x', 'y', 'x_m', 'y_m')), {}
-        for row in _csv(zones, ('zone', 'x', 'y')) if zones else (): polygons.setdefault(row['zone'], []).append(_numbers(zones, [row], ('x', 'y'))[0])
+        p, polygons = _numbers(points, _csv(points, _PLACES), _PLACES), {}
+        for row in _csv(zones, ('zone', 'x', 'y')) if zones else ():
+            polygons.setdefault(row['zone'], []).append(_numbers(zones, [row], ('x', 'y'))[0])
         g = calibrate_from_points(image, site, p[:, :2], p[:, 2:], polygons, name, source, camera_height_m)
         print(f'{site}: camera {name}, {len(p)} points, residual {g.residual_m:.3f} m, {len(polygons)} zone(s)')
         return 0
     with CalibrateServer(image, site, port) as server:
         print(f'Open {server.url}\n(this machine only; close with the page\'s button or Ctrl-C)', flush=True)
-        if browser and (os.name == 'nt' or sys.platform == 'darwin' or os.environ.get('DISPLAY') or os.environ.get('WAYLAND_DISPLAY')): webbrowser.open(server.url)
+        if browser and _has_screen(): webbrowser.open(server.url)
         try: server.serve_forever(.1)
         except KeyboardInterrupt: pass
         print(f'{site}: saved' if server.saved else f'{site}: nothing was saved')
