@@ -33,7 +33,7 @@ def official_sizes(d # a `CrowdData`
     return [f'{k[0]} {k[1]} {k[2]}'.replace('  ', ' ') + f': {n} pictures, officially {OFFICIAL[k]}'
         for k, n in found.items() if n != OFFICIAL.get(k, n)]
 
-# %% ../nbs/12_report.ipynb #12-report-008
+# %% ../nbs/12_report.ipynb #12-report-009
 def pick(d, # a `CrowdData`
          split=None, # 'train', 'tune', 'valid', 'test', 'all'; the best there is if None
          every=1, # the 1st, N+1st, … by number
@@ -47,7 +47,7 @@ def pick(d, # a `CrowdData`
     if not items: raise DataError(d.root, f'pictures of the split {split}', 'none')
     return items, split
 
-# %% ../nbs/12_report.ipynb #12-report-010
+# %% ../nbs/12_report.ipynb #12-report-012
 class Answers:
     "What a model said about the pictures of a split, and what is true"
     def __init__(self, model):
@@ -68,7 +68,7 @@ class Answers:
         if self.task == 'autoencoder': self._heat(xy, size_hw, e)
         return self
 
-# %% ../nbs/12_report.ipynb #12-report-011
+# %% ../nbs/12_report.ipynb #12-report-013
 def _pixels(self, xy, size_hw, e):
     human = e.mask() if e.human is None else e.human
     self.pixels.add(preprocessing.mask(xy, size_hw), human)
@@ -91,7 +91,7 @@ def _heat(self, xy, size_hw, e):
 
 Answers._pixels, Answers._count, Answers._heat = _pixels, _count, _heat
 
-# %% ../nbs/12_report.ipynb #12-report-013
+# %% ../nbs/12_report.ipynb #12-report-015
 def scores(a # `Answers`
           )->dict: # the figures that the model can give
     "Figures of the model"
@@ -106,7 +106,7 @@ def scores(a # `Answers`
     if a.task == 'autoencoder': r['heatmap'] = a.heat.scores()
     return r
 
-# %% ../nbs/12_report.ipynb #12-report-014
+# %% ../nbs/12_report.ipynb #12-report-016
 def baseline(a # `Answers`
             )->dict: # the keys of `scores`
     "Figures of the constant predictor on the same pictures"
@@ -135,7 +135,7 @@ def _mean_map(a):
     for xy, hw in zip(a.xy, a.sizes): s.add(preprocessing.heatmap(xy, hw, size=mean.shape[0]), mean)
     return s.scores()
 
-# %% ../nbs/12_report.ipynb #12-report-016
+# %% ../nbs/12_report.ipynb #12-report-018
 def spread(a, seed=0)->dict: # for each figure `[low, high]`
     "95 % intervals of the main figures by bootstrap over groups"
     r, pairs = {}, np.stack([a.true, a.predicted], 1).astype(float)
@@ -158,7 +158,7 @@ def coverage(a, level=.8)->dict: # empty without intervals
     ci = binomtest(int(hit.sum()), len(hit)).proportion_ci()
     return dict(level=level, covered=float(hit.mean()), low=float(ci.low), high=float(ci.high), width=float(((hi-lo)/np.maximum(t, 1)).mean()))
 
-# %% ../nbs/12_report.ipynb #12-report-018
+# %% ../nbs/12_report.ipynb #12-report-020
 def evaluate_model(model, # from `inference.load`, or its argument
                    d, # a `CrowdData`, or the folder of a data set
                    part=None, # only this part, such as 'A'
@@ -174,14 +174,16 @@ def evaluate_model(model, # from `inference.load`, or its argument
     elif part: d = d.select(part=part)
     items, split = pick(d, split, every, seed)
     a, failed = gather(model, items, progress)
+    halves = {(o.part, o.split) for o in items}
     if not a.items: raise DataError(d.root, f'a readable picture of the split {split}', f"none of {len(items)}: {failed[0]['error']}")
     r = dict(n=len(a.items), task=model.task, part=part, split=split, every=every, weights=model.card.get('sha256'))
     r |= scores(a) | dict(baseline=baseline(a), bootstrap=spread(a, seed), coverage=coverage(a))
-    r |= dict(seconds=float(np.mean(a.seconds)), warnings=official_sizes(d), failed=failed, per_image=per_image(a))
+    short = official_sizes(d.new(o for o in d if (o.part, o.split) in halves))
+    r |= dict(seconds=float(np.mean(a.seconds)), warnings=short, failed=failed, per_image=per_image(a))
     if figures: write_figures(Path(figures), r, a, model)
     return evaluation.jsonable(r)
 
-# %% ../nbs/12_report.ipynb #12-report-019
+# %% ../nbs/12_report.ipynb #12-report-022
 def _groups(items):
     "For each item its group of look-alikes: the shipped list's, or its own name"
     lists = {p: data.shipped_split(p) for p in {o.part for o in items if o.split == 'train'} & {'A', 'B'}}
@@ -207,7 +209,7 @@ def per_image(a)->list: # dicts
     if a.low and np.isfinite(a.low).all(): rows = [r | dict(low=lo, high=hi) for r, lo, hi in zip(rows, a.low, a.high)]
     return rows
 
-# %% ../nbs/12_report.ipynb #12-report-025
+# %% ../nbs/12_report.ipynb #12-report-028
 _COUNTS = dict(mae='MAE, people', rmse='RMSE, people', nae='NAE, error over true count', r2='R² of counts', bias='bias, people')
 
 def _rows(names, ours, theirs, ci=None):
@@ -231,7 +233,7 @@ def pixel_table(r, key='pixel', title='Pixels, human from a tenth of a lone head
     names = dict(density_r2='R² of the share of people', density_r2_hard='the same from the hard mask', density_corr2='squared correlation of the share')
     return title, ['figure', 'model', 'all background'], rows + [[v, p[k], b[k]] for k, v in names.items() if k in p]
 
-# %% ../nbs/12_report.ipynb #12-report-027
+# %% ../nbs/12_report.ipynb #12-report-030
 def heat_table(r):
     "Experiment 1"
     p, z, m = r['heatmap'], r['baseline']['heatmap'], r['baseline']['heatmap_mean']
@@ -247,7 +249,7 @@ def tables(r # what `evaluate_model` gave
     if 'pixel_half_peak' in r: out.append(pixel_table(r, 'pixel_half_peak', 'Pixels, human from half a peak', ('human',)))
     return out
 
-# %% ../nbs/12_report.ipynb #12-report-030
+# %% ../nbs/12_report.ipynb #12-report-038
 STYLE = '''body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1b1f24;background:#fff}
 h1,h2{line-height:1.2}h2{margin-top:2.5rem;border-bottom:1px solid #d0d7de;padding-bottom:.3rem}
 table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}caption{text-align:left;font-weight:600;padding:.3rem 0}
@@ -265,7 +267,7 @@ def text(s, cls=''):
     "A paragraph"
     return f'<p class="{cls}">{html.escape(s)}</p>' if cls else f'<p>{html.escape(s)}</p>'
 
-# %% ../nbs/12_report.ipynb #12-report-032
+# %% ../nbs/12_report.ipynb #12-report-040
 def number(o):
     "A cell of a table"
     return '' if o is None or o != o else f'{o:,.3f}' if isinstance(o, float) else f'{o:,}' if isinstance(o, int) else str(o)
@@ -276,7 +278,7 @@ def html_table(title, head, rows):
     body = ''.join(f'<tr>{cells("td", r)}</tr>' for r in rows)
     return f'<table><caption>{html.escape(title)}</caption><tr>{cells("th", head)}</tr>{body}</table>'
 
-# %% ../nbs/12_report.ipynb #12-report-034
+# %% ../nbs/12_report.ipynb #12-report-042
 def picture(rgb, caption='', width=None, quality=82):
     "A picture (h, w, 3) as JPEG"
     from PIL import Image
@@ -293,14 +295,14 @@ def _figure(uri, caption):
     c = html.escape(caption)
     return f'<figure><img alt="{c}" src="{uri}"><figcaption>{c}</figcaption></figure>'
 
-# %% ../nbs/12_report.ipynb #12-report-036
+# %% ../nbs/12_report.ipynb #12-report-044
 def page(title, sections, lead='')->str: # HTML
     "One self-contained page of `(heading, blocks)`"
     body = ''.join(f'<h2>{html.escape(h)}</h2>{"".join(blocks)}' for h, blocks in sections)
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>{lead}{body}</body></html>\n')
 
-# %% ../nbs/12_report.ipynb #12-report-039
+# %% ../nbs/12_report.ipynb #12-report-048
 def target_and_map(model, item)->tuple: # `(target, prediction, picture)`
     "What `model` should have said of one picture, what it said, and the picture"
     rgb = item.rgb()
@@ -315,7 +317,7 @@ def triptychs(model, items, captions=None):
     "Target, prediction and original of `items`"
     return evaluation.triptych([target_and_map(model, o) for o in items], what=_UNITS[model.task], captions=captions or [o.name for o in items])
 
-# %% ../nbs/12_report.ipynb #12-report-040
+# %% ../nbs/12_report.ipynb #12-report-050
 def plots(r, a, model, n=3)->dict: # name to matplotlib figure
     "The pictures of a run"
     what = 'share of the picture' if a.task == 'segmentation' else 'people'
@@ -340,7 +342,7 @@ def write_figures(folder, r, a, model):
     lead = text(f"{model.task}, {r['n']} pictures, split {r['split']}" + (f", part {r['part']}" if r['part'] else ''))
     with atomic(folder/'report.html') as p: p.write_text(page('crowd_density: an evaluation', sections, lead), encoding='utf-8')
 
-# %% ../nbs/12_report.ipynb #12-report-042
+# %% ../nbs/12_report.ipynb #12-report-054
 def losses(run # folder of a run
           ): # matplotlib figure, or None
     "Training and validation loss of a run"
@@ -352,7 +354,7 @@ def losses(run # folder of a run
     history = {k: [float(o[k]) for o in rows if o[k]] for k in names}
     return evaluation.curves({k: v for k, v in history.items() if v}) if history else None
 
-# %% ../nbs/12_report.ipynb #12-report-045
+# %% ../nbs/12_report.ipynb #12-report-057
 GOALS = dict(human_f1=.60, lookalikes=.10)
 
 def verdict(f1, # human F1 on held-out scenes
@@ -364,7 +366,7 @@ def verdict(f1, # human F1 on held-out scenes
         short.append(f'{100*lookalikes:.0f} % of look-alike pixels are called human, expected at most {100*GOALS["lookalikes"]:.0f} %')
     return dict(ok=not short, human_f1=f1, lookalikes_called_human=lookalikes, short=short)
 
-# %% ../nbs/12_report.ipynb #12-report-048
+# %% ../nbs/12_report.ipynb #12-report-060
 def lookalike_share(model, items)->float: # 0 to 1
     "Share of the look-alikes' pixels, over all `items`, that `model` calls human"
     called = n = 0
@@ -372,9 +374,9 @@ def lookalike_share(model, items)->float: # 0 to 1
         mask = data.read_rgb(o.image.parents[1]/'lookalikes'/f'{o.image.stem}.png')[..., 0] > 127
         mask &= ~preprocessing.mask(o.points(), mask.shape)
         called, n = called + int((model.predict(o.rgb()).mask() & mask).sum()), n + int(mask.sum())
-    return called/n if n else 0.
+    return called/n if n else math.nan
 
-# %% ../nbs/12_report.ipynb #12-report-049
+# %% ../nbs/12_report.ipynb #12-report-063
 def _scenes(out, seed, images, held, size_hw, progress):
     "Generated pictures with heads and look-alikes; the last `held` are never trained on"
     from crowd_density import synthetic
@@ -394,7 +396,7 @@ def _learn(d, out, seed, epochs, progress):
         took[name] = time.perf_counter()-start
     return took
 
-# %% ../nbs/12_report.ipynb #12-report-051
+# %% ../nbs/12_report.ipynb #12-report-065
 def story(lines, # dicts: readings and events as `watch` writes them
           truth # `(seconds, people per m²)` rows
          )->dict: # readings, levels, critical, cleared, truly
@@ -418,7 +420,7 @@ def told(s)->str:
     n = len(s['critical'])
     return f"Critical {'once' if n == 1 else f'{n} times'}, after {s['critical'][0]:.0f} s{back}{true}."
 
-# %% ../nbs/12_report.ipynb #12-report-053
+# %% ../nbs/12_report.ipynb #12-report-067
 def _watched(out, seed, progress, model):
     "Generate the clip, watch it, and tell its story"
     import csv
@@ -429,7 +431,7 @@ def _watched(out, seed, progress, model):
     with open(out/'events.jsonl', encoding='utf-8') as f: lines = [json.loads(o) for o in f if o.strip()]
     return story(lines, truth) | dict(truth=truth, status=status)
 
-# %% ../nbs/12_report.ipynb #12-report-055
+# %% ../nbs/12_report.ipynb #12-report-069
 def story_plot(s):
     "Density over time: the truth, the readings, and where the level changed"
     fig = Figure(figsize=(9, 3.2), layout='constrained')
@@ -443,7 +445,7 @@ def story_plot(s):
     ax.legend()
     return fig
 
-# %% ../nbs/12_report.ipynb #12-report-056
+# %% ../nbs/12_report.ipynb #12-report-072
 def _experiment(r, model, items, run):
     "Tables and pictures of one experiment of the demo"
     fig = losses(run)
@@ -454,7 +456,7 @@ def _experiment(r, model, items, run):
     blocks.append(plot(evaluation.scatter(true, predicted, what), _CAPTIONS['scatter']))
     return blocks + [plot(triptychs(model, items[:3]), 'Target, prediction, original')]
 
-# %% ../nbs/12_report.ipynb #12-report-058
+# %% ../nbs/12_report.ipynb #12-report-074
 def demo(out, # folder
          seed=0, # of the scenes, the trainings and the clip
          images=100, held=20, # generated pictures, and how many of them are kept from training
@@ -481,7 +483,7 @@ def demo(out, # folder
     say(f'{out/"report.html"}, {out/"demo.json"}')
     return 0 if v['ok'] and (s is None or s.get('ok', True)) else 1
 
-# %% ../nbs/12_report.ipynb #12-report-059
+# %% ../nbs/12_report.ipynb #12-report-075
 def _clip_part(out, seed, progress, say):
     "The clip, where a counting model ships"
     try: inference.model_path('counting')
@@ -503,7 +505,7 @@ def _write_demo(out, runs, v, s, took, models, test, seed):
     with atomic(out/'demo.json') as p: p.write_text(json.dumps(evaluation.jsonable(figures), ensure_ascii=False, indent=1, allow_nan=False), encoding='utf-8')
     with atomic(out/'report.html') as p: p.write_text(page('crowd_density: the demo on generated scenes', sections, lead), encoding='utf-8')
 
-# %% ../nbs/12_report.ipynb #12-report-061
+# %% ../nbs/12_report.ipynb #12-report-078
 _KEPT = 'n part split every mae rmse nae r2 bias game localisation pixel heatmap coverage bootstrap'.split()
 
 def summary(r # what `evaluate_model` gave
@@ -522,7 +524,7 @@ def publish(path, # `.onnx` or `.safetensors` file; a twin beside it is written,
         if p.exists(): inference.update_card(p, figures=figures)
     return figures
 
-# %% ../nbs/12_report.ipynb #12-report-062
+# %% ../nbs/12_report.ipynb #12-report-079
 def _cards():
     "Card of each model that ships, by name"
     folder = Path(__file__).parent/'weights'
@@ -543,7 +545,7 @@ def _lines(name, label, f):
 
 def _ci(pair): return f'{pair[0]:.3g} to {pair[1]:.3g}' if pair else ''
 
-# %% ../nbs/12_report.ipynb #12-report-064
+# %% ../nbs/12_report.ipynb #12-report-082
 def results_table(cards=None # name to card; those that ship if None
                  )->str: # markdown
     "README's table of results"
