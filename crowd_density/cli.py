@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['app', 'ModelArg', 'ModelOpt', 'Data', 'Json', 'Lines', 'Part', 'Seed', 'Threads', 'NewFolder', 'Images', 'Clip',
            'Seconds', 'Peak', 'Sigma', 'Size', 'Processes', 'train', 'Run', 'Epochs', 'Resume', 'Recipe', 'Encoder',
-           'Device', 'Split', 'Every', 'Figures', 'Inputs', 'Overlay', 'Map', 'Mask', 'Scale', 'Site', 'Points',
-           'Zones', 'Camera', 'Source', 'Height', 'Port', 'Webhook', 'Mqtt', 'Metrics', 'History', 'Days', 'Snapshots',
-           'Pixelate', 'Realtime', 'Host', 'Repeat', 'explain', 'say', 'verb', 'arg', 'opt', 'progress', 'write_text',
-           'write_json', 'writable', 'table', 'synth', 'check', 'prepare', 'taken', 'learn', 'fine_tune', 'evaluate',
-           'pictures', 'sentence', 'default_model', 'predict', 'calibrate', 'watch', 'serve', 'export', 'demo', 'main']
+           'Device', 'Rehearse', 'Split', 'Every', 'Figures', 'Inputs', 'Overlay', 'Map', 'Mask', 'Scale', 'Site',
+           'Points', 'Zones', 'Camera', 'Source', 'Height', 'Port', 'Webhook', 'Mqtt', 'Metrics', 'History', 'Days',
+           'Snapshots', 'Pixelate', 'Realtime', 'Host', 'Repeat', 'explain', 'say', 'verb', 'arg', 'opt', 'progress',
+           'write_text', 'write_json', 'writable', 'table', 'synth', 'check', 'prepare', 'taken', 'say_epoch', 'learn',
+           'fine_tune', 'evaluate', 'pictures', 'sentence', 'default_model', 'predict', 'calibrate', 'watch', 'serve',
+           'export', 'demo', 'main']
 
 # %% ../nbs/13_cli.ipynb #13-cli-003
 import os, sys
@@ -209,10 +210,14 @@ def taken(call, # a function of a room
     has = signature(call).parameters
     said = {k: v for k, v in said.items() if v is not None and v is not False}
     for k in said:
-        if k not in has and k not in ('seed', 'progress'): raise ValueError(f'{call.__name__} takes no --{k}')
+        if k not in has and k not in ('seed', 'progress', 'report'): raise ValueError(f'{call.__name__} takes no --{k}')
     return {k: v for k, v in said.items() if k in has}
 
 # %% ../nbs/13_cli.ipynb #13-cli-048
+def say_epoch(d):
+    "A line on standard error for each epoch"
+    say(', '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in d.items()))
+
 def learn(room, fn, data, out, **said):
     "Call the training `fn` of `room` with what was said, and name what it made"
     from crowd_density.data import open_data
@@ -221,7 +226,7 @@ def learn(room, fn, data, out, **said):
     elif part: raise DataError(data, 'a data set, to take one part of it', 'a prepared folder')
     writable(out)
     call = getattr(import_module(f'crowd_density.{room}'), fn)
-    call(data=d if part else data, out=out, **taken(call, said | dict(progress=progress)))
+    call(data=d if part else data, out=out, **taken(call, said | dict(progress=progress, report=say_epoch)))
     print(f'{out}: ' + ', '.join(sorted(p.name for p in Path(out).iterdir() if p.is_file() and p.name[0] != '.')))
 
 def _autoencoder(data: Data, out: Run, part: Part=None, epochs: Epochs=None, resume: Resume=False, seed: Seed=0, device: Device=None):
@@ -242,10 +247,15 @@ def _counting(data: Data, out: Run, part: Part=None, epochs: Epochs=None, encode
 for f in (_autoencoder, _segmentation, _counting): verb(f, f.__name__[1:], train)
 
 # %% ../nbs/13_cli.ipynb #13-cli-052
+Rehearse = opt(Path, 'Data set of pictures that must not be forgotten.', metavar='DATA')
+
 @verb
-def fine_tune(model: ModelArg, data: Data, out: Run, epochs: Epochs=None, seed: Seed=0, device: Device=None):
+def fine_tune(model: ModelArg, data: Data, out: Run, epochs: Epochs=None, rehearse: Rehearse=None, resume: Resume=False, seed: Seed=0):
     "Go on training a counting model on pictures of one's own."
-    learn('counting', 'fine_tune', **locals())
+    from crowd_density import inference
+    weights = inference.model_path(model).with_suffix('.safetensors')
+    if not weights.exists(): raise DataError(weights, 'weights to go on with, beside the ONNX file', 'none')
+    learn('counting', 'fine_tune', data, out, weights=weights, epochs=epochs, rehearse=rehearse, resume=resume, seed=seed)
 
 # %% ../nbs/13_cli.ipynb #13-cli-054
 Split = opt(str, 'train, tune, valid, test or all; the best there is if left out.', metavar='SPLIT')

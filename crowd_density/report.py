@@ -516,13 +516,17 @@ def summary(r # what `evaluate_model` gave
 
 def publish(path, # `.onnx` or `.safetensors` file; a twin beside it is written, too
             runs # label such as 'part A, valid' to what `evaluate --json` wrote (dict or file)
-           )->dict: # the card's figures
+           )->dict: # the figures by label, under `evaluate` in the card's figures
     "Put the figures of evaluations into the card of a file of weights and its twin"
     read = lambda o: o if isinstance(o, dict) else json.loads(Path(o).read_text(encoding='utf-8'))
     figures = {k: summary(read(v)) for k, v in runs.items()}
     for p in (Path(path).with_suffix('.onnx'), Path(path).with_suffix('.safetensors')):
-        if p.exists(): inference.update_card(p, figures=figures)
+        if p.exists(): inference.update_card(p, figures=(_card(p).get('figures') or {}) | dict(evaluate=figures))
     return figures
+
+def _card(path):
+    "The card in a file of weights"
+    return inference.update_card(path) if Path(path).suffix == '.safetensors' else inference.load(path).card
 
 # %% ../nbs/12_report.ipynb #12-report-079
 def _cards():
@@ -550,6 +554,6 @@ def results_table(cards=None # name to card; those that ship if None
                  )->str: # markdown
     "README's table of results"
     head = ['| weights | pictures | figure | ours | 95 % interval | baseline |', '|---|---|---|---|---|---|']
-    rows = [o for name, card in (_cards() if cards is None else cards).items() for label, f in (card.get('figures') or {}).items()
-        if isinstance(f, dict) and 'n' in f for o in _lines(name, label, f)]
+    runs = {name: (card.get('figures') or {}).get('evaluate', {}) for name, card in (_cards() if cards is None else cards).items()}
+    rows = [o for name, figures in runs.items() for label, f in figures.items() for o in _lines(name, label, f)]
     return '\n'.join(head + rows)

@@ -132,7 +132,7 @@ def test_publish_and_results_table(models, runs, tmp_path):
     card = inference.load(p).card
     text = report.results_table(dict(segmentation=card))
     f1 = runs['segmentation']['pixel']['human']['f1']
-    assert f' / {f1:.3f} |' in text and 'per_image' not in card['figures']['generated, test']
+    assert f' / {f1:.3f} |' in text and 'per_image' not in card['figures']['evaluate']['generated, test']
     assert inference.load(p).predict(np.full((64, 64, 3), 200, np.uint8)).share > .5
 
 @pytest.mark.slow
