@@ -8,7 +8,7 @@ __all__ = ['HEAT', 'count_grid', 'density', 'head_sigmas', 'adaptive_density', '
            'prepare']
 
 # %% ../nbs/02_preprocessing.ipynb #02-preproces-004
-import csv, hashlib, io, json, os, shutil
+import csv, hashlib, io, json, os, shutil, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -36,7 +36,9 @@ def count_grid(points_xy, # (n, 2) head positions `(x, y)`, pixels
     if int(stride) != stride or stride < 1: raise ValueError(f'stride: expected 1, 2, 3 … pixels, found {stride}')
     h, w = (-(-int(o) // int(stride)) for o in size_hw)
     x, y = (inside(points_xy, size_hw) // int(stride)).astype(np.int64).T
-    return np.bincount(y*w + x, minlength=h*w).reshape(h, w).astype(np.float32)
+    grid = np.zeros((h, w), np.float32)
+    np.add.at(grid, (y, x), 1)
+    return grid
 
 # %% ../nbs/02_preprocessing.ipynb #02-preproces-017
 def _checked_sigma(sigma):
@@ -200,7 +202,7 @@ def _png(array, **text):
     "The bytes of a PNG, with notes in its header"
     notes, b = PngInfo(), io.BytesIO()
     for k, v in text.items(): notes.add_text(k, v)
-    Image.fromarray(array).save(b, 'PNG', compress_level=3, pnginfo=notes)
+    Image.fromarray(array).save(b, 'PNG', compress_type=zlib.Z_RLE, pnginfo=notes)
     return b.getvalue()
 
 def _put(out, name, data, index):

@@ -1,0 +1,94 @@
+"How much faster than the usual per-head loop, and how near to decoding and encoding alone: ratios of CPU seconds of one run"
+import io, time, zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+from crowd_density import preprocessing as pp
+from crowd_density.data import CrowdData, Item, inside, open_data, read_rgb
+
+pytest.importorskip('pytest_benchmark')
+
+def best(f, n=3):
+    "CPU seconds of the fastest of `n` calls: the one that others disturbed least"
+    times = []
+    for _ in range(n):
+        t = time.process_time()
+        f()
+        times.append(time.process_time() - t)
+    return min(times)
+
+def one_head(xy, size_hw):
+    "A step of the usual loop: a full-picture Gaussian filter for one head"
+    one = np.zeros(size_hw, np.float32)
+    one[int(xy[1]), int(xy[0])] = 1
+    return gaussian_filter(one, 4)
+
+def like_part_a():
+    "Heads of ten pictures, as many and as large as part A's train half has them (33 to 3,138, mean 541)"
+    rng = np.random.default_rng(0)
+    for n in (33, 90, 150, 220, 300, 400, 560, 800, 1100, 1757):
+        hw = (int(rng.integers(400, 769)), int(rng.integers(600, 1025)))
+        yield rng.uniform(0, hw[::-1], (n, 2)), hw
+
+def part_a(real_data):
+    "Heads of every 30th picture of part A"
+    for item in open_data(real_data/'shanghaitech').select('A')[::30]: yield item.points(), item.rgb().shape[:2]
+
+def ratio_to_loop(crowds, benchmark):
+    "CPU seconds of the loop, from three of its equal steps for each picture, over seconds of `density`"
+    crowds = list(crowds)
+    loop = sum(best(lambda: one_head(inside(p, hw)[0], hw), 3)*len(inside(p, hw)) for p, hw in crowds)
+    ours = lambda: [pp.density(p, hw) for p, hw in crowds]
+    benchmark.pedantic(ours, rounds=5, warmup_rounds=1)
+    ratio = loop/best(ours, 5)
+    benchmark.extra_info.update(loop_seconds=round(loop, 2), times_faster_than_loop=round(ratio))
+    print(f'\n{len(crowds)} pictures, {sum(len(p) for p, _ in crowds)} heads: {ratio:.0f} times faster than the per-head loop')
+    return ratio
+
+@pytest.mark.benchmark(disable_gc=True)
+def test_density_beats_the_loop(benchmark): assert ratio_to_loop(like_part_a(), benchmark) >= 100
+
+def test_density_beats_the_loop_on_part_a(benchmark, real_data): assert ratio_to_loop(part_a(real_data), benchmark) >= 100
+
+def photos(folder, n=8):
+    "Smooth, noisy JPEGs of 1024x768, about as large as photographs are"
+    rng, items = np.random.default_rng(0), []
+    for i in range(n):
+        small = Image.fromarray(rng.integers(0, 255, (96, 128, 3), np.uint8)).resize((1024, 768), Image.Resampling.BICUBIC)
+        noisy = np.clip(np.asarray(small) + rng.normal(0, 6, (768, 1024, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(folder/f'{i}.jpg', quality=85)
+        (folder/f'{i}.csv').write_text('x,y\n' + ''.join(f'{x:.2f},{y:.2f}\n' for x, y in rng.uniform(0, [1024, 768], (500, 2))))
+        items.append(Item(folder/f'{i}.jpg', folder/f'{i}.csv'))
+    return CrowdData(items, folder)
+
+def coding_seconds(data, out):
+    "CPU seconds to decode the photographs and encode what `prepare` wrote (all of it; pictures only), and no more"
+    made = [[np.asarray(Image.open(p)) for p in (o.image, o.mask, o.heatmap)] for o in pp.read_pairs(out)]
+    encode = lambda a: Image.fromarray(a).save(io.BytesIO(), 'PNG', compress_type=zlib.Z_RLE)
+    def run(kinds):
+        for item, arrays in zip(data, made):
+            read_rgb(item.image)
+            for a in arrays[:kinds]: encode(a)
+    return best(lambda: run(3)), best(lambda: run(1))
+
+def ratio_to_coding(data, tmp_path, benchmark):
+    "CPU seconds of `prepare` over those of decoding and encoding"
+    outs = iter(tmp_path/f'out{i}' for i in range(99))
+    run = lambda: pp.prepare(data, next(outs), workers=1)
+    benchmark.pedantic(run, rounds=2)
+    every, pictures = coding_seconds(data, tmp_path/'out0')
+    ours = best(run)
+    ratio, strict = ours/every, ours/pictures
+    benchmark.extra_info.update(times_decoding_and_encoding=round(ratio, 2), times_decoding_and_encoding_pictures_only=round(strict, 2))
+    print(f'\n{len(data)} pictures: {ratio:.2f} times decoding and encoding all, {strict:.2f} times that of the pictures alone')
+    return ratio
+
+def test_prepare_is_near_to_coding_alone(benchmark, tmp_path):
+    (tmp_path/'photos').mkdir()
+    assert ratio_to_coding(photos(tmp_path/'photos'), tmp_path, benchmark) <= 2
+
+def test_prepare_is_near_to_coding_alone_on_part_a(benchmark, tmp_path, real_data):
+    assert ratio_to_coding(open_data(real_data/'shanghaitech').select('A')[::30], tmp_path, benchmark) <= 2
