@@ -265,7 +265,8 @@ class ZoneOut(BaseModel):
     count: float|None
     trend: dict[str, Any]=Field(description='people per m² and minute; the next level and in how many seconds')
     levels: dict[str, Any]
-    polygon: list[tuple[float, float]]|None=Field(description='in parts of width and height of the picture')
+    polygon: list[tuple[float, float]]|None=Field(description='where feet stand, in parts of width and height of the picture')
+    polygon_heads: list[tuple[float, float]]|None=Field(description='the same where their heads are seen')
 
 # %% ../nbs/11_serve.ipynb #11-serve-020
 class EventOut(BaseModel):
@@ -340,13 +341,13 @@ def _camera_out(w)->dict:
     return dict(name=w.name, source=w.camera.label, rate=w.camera.rate, stale_after=w.camera.stale_after, size=w.size_hw and w.size_hw[::-1], good=not stale and reason is None,
                 reason=reason, age=age, judged=w.judged, refused=w.refused, losses=w.source.losses, zones=list(w.zones))
 
-def _polygon(w, zone):
-    "A zone's outline in parts of the picture"
-    if w.size_hw is None: return None
-    h, w_px = w.size_hw
-    px = zone.polygon_px if zone.polygon_m is None else w.camera.ground.at(w.size_hw).to_image(zone.polygon_m)
-    px = np.asarray(px, float)/(w_px, h)
-    return px.tolist() if np.isfinite(px).all() else None
+def _polygons(w, zone):
+    "A zone's outline in parts of the picture: where feet stand, and where their heads are seen"
+    if w.size_hw is None: return dict(polygon=None, polygon_heads=None)
+    (h, wide), ground = w.size_hw, w.camera.ground.at(w.size_hw)
+    feet_m = ground.to_ground(zone.polygon_px) if zone.polygon_m is None else np.asarray(zone.polygon_m, float)
+    out = (ground.to_image(feet_m, up)/(wide, h) for up in (0., ground.head_m))
+    return dict(zip(('polygon', 'polygon_heads'), (p.tolist() if np.isfinite(p).all() else None for p in out)))
 
 def _zone_out(desk, w, zone)->dict:
     "A zone for `/api/zones`"
@@ -355,8 +356,8 @@ def _zone_out(desk, w, zone)->dict:
     age = None if w.time is None or r is None else max(0., time.time() - w.time)
     numbers = {k: r[k] if known and r else None for k in ('density', 'low', 'high', 'worst_patch', 'count')}
     return dict(camera=w.name, zone=zone.name, level=risk.level, words=risk.words(), since=desk.since.get((w.name, zone.name)), reason=risk.reason, time=r and r['time'], age=age,
-                stale_after=w.camera.stale_after, trend=dict(per_minute=trend.per_minute, to=trend.to, seconds=trend.seconds), polygon=_polygon(w, zone),
-                levels=zone.levels.model_dump(by_alias=True), **numbers)
+                stale_after=w.camera.stale_after, trend=dict(per_minute=trend.per_minute, to=trend.to, seconds=trend.seconds),
+                levels=zone.levels.model_dump(by_alias=True), **numbers, **_polygons(w, zone))
 
 @api.get('/api/cameras', response_model=list[CameraOut])
 def cameras(desk:AtDesk):
