@@ -4,8 +4,7 @@ CSRNet (VGG-16 to conv4_3, six dilated layers, 1x1; 16.26 million parameters) is
 computation is timed. `pytest tests/benchmarks/test_inference_speed.py -s` prints the ratio; the goal is 40."""
 import os, time
 
-import numpy as np
-import pytest
+import numpy as np, pytest
 
 from crowd_density.inference import ModelError, load
 
