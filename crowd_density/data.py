@@ -41,18 +41,23 @@ class DataError(ValueError):
 def atomic(path # the file to write
           ):    # context manager: yields a temporary `Path` in the same folder, with the same suffix
     "Write to the yielded path; it becomes `path` on success and vanishes on failure"
-    path = Path(path)
+    path, temporary = Path(path), None
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(prefix='.writing-', suffix=path.suffix, dir=path.parent)
-    os.close(fd)
-    temporary = Path(name)
     try:
+        fd, name = tempfile.mkstemp(prefix='.writing-', suffix=path.suffix, dir=path.parent)
+        temporary = Path(name)
+        os.close(fd)
         yield temporary
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
-    finally: temporary.unlink(missing_ok=True)
+    except OSError as e:
+        about_it = e.errno and (e.filename is None or '.writing-' in str(e.filename))
+        if about_it: raise OSError(e.errno, e.strerror, str(path)) from e
+        raise
+    finally:
+        if temporary: temporary.unlink(missing_ok=True)
 
 # %% ../nbs/00_data.ipynb #00-data-017
 IMAGE_SUFFIXES = '.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.gif', '.ppm', '.pgm'
@@ -635,27 +640,26 @@ def _yolo(root):
     return (items, strays) if any(o.annotation for o in items) else ([], [])
 
 # %% ../nbs/00_data.ipynb #00-data-097
-def _in_table(table, picture):
-    "Whether a shared CSV or JSON has an entry for a picture; what is wrong with it shows when it is read"
+def _table_names(table):
+    "Names of the pictures that a shared CSV or JSON speaks of; None where it cannot be read or names nobody"
     try:
-        if table.suffix.lower() == '.csv': return _key(picture) in _csv_table(table)
+        if table.suffix.lower() == '.csv': return set(_csv_table(table))
         d = _load_json(table)
-        if isinstance(d, dict): return _key(picture) in {_key(k) for k in d}
-        return any(isinstance(p, dict) and _key(p.get('file', '')) == _key(picture) for p in d)
-    except (DataError, TypeError): return True
+        return {_key(k) for k in d} if isinstance(d, dict) else {_key(p['file']) for p in d}
+    except (DataError, TypeError, KeyError): return None
 
 def _points(root):
     "Pictures with a CSV, JSON, `.mat` or text file each, or with one CSV `file,x,y` or JSON for all"
-    names = r'images?|pictures|points|annotations?|labels'
-    places = [root, *(d for d in _folders(root) if re.fullmatch(names, d.name, re.I))]
+    known = r'images?|pictures|points|annotations?|labels'
+    places = [root, *(d for d in _folders(root) if re.fullmatch(known, d.name, re.I))]
     files = [p for d in places for p in _files(d) if not p.name.startswith('.')]
     pictures = [p for p in files if is_image(p)]
     stems = {_key(p.stem) for p in pictures}
     own = {_key(p.stem): p for p in files if p.suffix.lower() in POINT_READERS and _key(p.stem) in stems}
     shared = [p for p in files if p.suffix.lower() in ('.csv', '.json') and p not in own.values()]
-    items = []
+    names, items = {t: _table_names(t) for t in shared}, []
     for p in sorted(pictures, key=_natural):
-        tables = [t for t in shared if _in_table(t, p)]
+        tables = [t for t in shared if names[t] is None or _key(p) in names[t]]
         items.append(Item(p, own.get(_key(p.stem)) or (tables[0] if tables else None), number=_number(p)))
     used = {*pictures, *own.values(), *shared}
     return (items if own or shared else []), [p for p in files if p not in used]

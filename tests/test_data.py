@@ -63,6 +63,9 @@ def test_atomic_is_all_or_nothing(tmp_path):
     with pytest.raises(OSError, match='No space'), atomic(target) as t:
         t.write_text('two')
         raise OSError(28, 'No space left on device')
+    with pytest.raises(OSError) as e, atomic(target) as t: raise OSError(28, 'No space left on device', str(t))
+    assert e.value.filename == str(target)
+    with pytest.raises(FileNotFoundError, match='other.txt'), atomic(target) as t: (tmp_path/'other.txt').read_text()
     with pytest.raises(KeyboardInterrupt), atomic(target) as t: raise KeyboardInterrupt
     assert target.read_text() == 'one' and list(target.parent.iterdir()) == [target]
 
