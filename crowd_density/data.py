@@ -197,8 +197,8 @@ def _mall_frame(mat, path, image):
     frames, n = np.ravel(mat['frame']), None if image is None else _number(image)
     if n is None or not 1 <= n <= len(frames):
         raise DataError(path, f'`image` with a number from 1 to {len(frames)}', None if image is None else _key(image))
-    count = np.ravel(mat.get('count', ()))
-    return np.asarray(frames[n - 1]['loc']).reshape(-1)[0], 1, int(count[n - 1]) if len(count) >= n else None
+    count, loc = np.ravel(mat.get('count', ())), frames[n - 1]['loc']
+    return loc.reshape(-1)[0] if loc.dtype == object else loc, 1, int(count[n - 1]) if len(count) >= n else None
 
 def _mat_points(path, image=None):
     "Points as written, the number that counting starts from, and the count field of a .mat file"

@@ -9,9 +9,9 @@ from PIL import Image
 from scipy.io import savemat
 
 from crowd_density import data as D
-from crowd_density.data import (CrowdData, DataError, EXCLUDED, Item, LAYOUTS, atomic, check, grouped_split, image_size, inside,
-                                look_alikes, open_data, points_from_marks, read_points, read_rgb, shipped_split, split_of,
-                                training_items, write_split)
+from crowd_density.data import CrowdData, DataError, EXCLUDED, Item, LAYOUTS, atomic, check, grouped_split, image_size
+from crowd_density.data import inside, look_alikes, open_data, points_from_marks, read_points, read_rgb, shipped_split
+from crowd_density.data import split_of, training_items, write_split
 
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 HEADS = np.float32([[10, 20.5], [63, 0], [0, 47]])
@@ -96,8 +96,9 @@ def test_exact_pixels_of_lossless_pictures(tmp_path):
         Image.fromarray(rgb).save(tmp_path/name)
         assert (read_rgb(tmp_path/name) == rgb).all() and image_size(tmp_path/name) == (48, 64)
 
-@pytest.mark.parametrize('mode, suffix', [('L', 'png'), ('1', 'png'), ('LA', 'png'), ('RGBA', 'png'), ('P', 'png'), ('P', 'gif'),
-                                          ('CMYK', 'jpg'), ('CMYK', 'tif'), ('YCbCr', 'jpg'), ('RGB', 'webp'), ('HSV', 'jpg')])
+@pytest.mark.parametrize('mode, suffix', [
+    ('L', 'png'), ('1', 'png'), ('LA', 'png'), ('RGBA', 'png'), ('P', 'png'), ('P', 'gif'), ('CMYK', 'jpg'),
+    ('CMYK', 'tif'), ('YCbCr', 'jpg'), ('RGB', 'webp'), ('HSV', 'jpg')])
 def test_every_mode_is_near_its_rgb(tmp_path, mode, suffix):
     im = Image.fromarray(pixels()).convert(mode)
     path = tmp_path/f'a.{suffix}'
@@ -128,7 +129,8 @@ def test_exif_rotation_is_not_applied(tmp_path, orientation):
     exif = Image.Exif()
     exif[274] = orientation
     picture(tmp_path/'a.jpg', exif=exif, quality=95)
-    assert np.abs(read_rgb(tmp_path/'a.jpg').astype(int) - pixels()).mean() < 5 and image_size(tmp_path/'a.jpg') == (48, 64)
+    assert image_size(tmp_path/'a.jpg') == (48, 64)
+    assert np.abs(read_rgb(tmp_path/'a.jpg').astype(int) - pixels()).mean() < 5
 
 @pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'P', 'L', 'CMYK'])
 def test_strips_are_the_whole(mode):
@@ -194,8 +196,8 @@ def test_missing_system_library_names_the_package(monkeypatch):
     for part in ('libGL.so.1', 'libgl1', 'libglib2.0-0', 'opencv-python-headless'): assert part in str(e.value)
 
 def test_the_room_loads_without_opencv_and_torch():
-    code = ("import sys; sys.modules.update(cv2=None, torch=None, fastai=None, timm=None, torchvision=None); import crowd_density.data as d; "
-            "assert d._natural('a10') > d._natural('a9'); print('fine')")
+    code = ("import sys; sys.modules.update(cv2=None, torch=None, fastai=None, timm=None, torchvision=None); "
+            "import crowd_density.data as d; assert d._natural('a10') > d._natural('a9'); print('fine')")
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout == 'fine\n'
 
 # Points
@@ -209,8 +211,10 @@ def test_points_come_back_from_every_format(tmp_path, points):
     p = np.float32(points).reshape(-1, 2)
     files = [shanghai(tmp_path/'a.mat', p), mat(tmp_path/'b_ann.mat', annPoints=p.astype(float) + 1),
              text(tmp_path/'c.csv', 'x,y\n' + ''.join(f'{x},{y}\n' for x, y in p.tolist())),
-             text(tmp_path/'d.json', json.dumps(p.tolist())), text(tmp_path/'e.json', json.dumps(dict(points=p.tolist()))),
-             text(tmp_path/'f.csv', 'file,x,y\n' + ''.join(f'ä b.jpg,{x},{y}\n' for x, y in p.tolist()) + 'ä b.jpg,,\nother.jpg,1,1\n'),
+             text(tmp_path/'d.json', json.dumps(p.tolist())),
+             text(tmp_path/'e.json', json.dumps(dict(points=p.tolist()))),
+             text(tmp_path/'f.csv',
+                  'file,x,y\n' + ''.join(f'ä b.jpg,{x},{y}\n' for x, y in p.tolist()) + 'ä b.jpg,,\nother.jpg,1,1\n'),
              text(tmp_path/'g.json', json.dumps({'ä b.jpg': p.tolist(), 'other.jpg': [[1, 1]]}))]
     for f in files:
         q = read_points(f, image=tmp_path/'somewhere'/'ä b.jpg')
@@ -218,12 +222,17 @@ def test_points_come_back_from_every_format(tmp_path, points):
         np.testing.assert_allclose(q, p, atol=2e-3, err_msg=str(f))
 
 @pytest.mark.parametrize('name, content', [
-    ('a.csv', '1,2\n3,4\n'), ('a.csv', 'x,y\n1,2\n3,4\n'), ('a.csv', '\ufeffx,y\r\n1,2\r\n\r\n3,4\r\n'), ('a.csv', 'x;y\n1;2\n3;4\n'),
-    ('a.csv', 'file,x,y\np.jpg,1,2\np.jpg,3,4\n'), ('a.csv', 'p.jpg,1,2\np.jpg,3,4\n'), ('a.csv', 'y,x,file\n2,1,p.jpg\n4,3,p.jpg\n'),
+    ('a.csv', '1,2\n3,4\n'), ('a.csv', 'x,y\n1,2\n3,4\n'), ('a.csv', '\ufeffx,y\r\n1,2\r\n\r\n3,4\r\n'),
+    ('a.csv', 'x;y\n1;2\n3;4\n'),
+    ('a.csv', 'file,x,y\np.jpg,1,2\np.jpg,3,4\n'), ('a.csv', 'p.jpg,1,2\np.jpg,3,4\n'),
+    ('a.csv', 'y,x,file\n2,1,p.jpg\n4,3,p.jpg\n'),
     ('a.csv', 'file,x,y\nfolder\\p.jpg,1,2\nfolder/p.jpg,3,4\n'), ('a.json', '[{"x": 1, "y": 2}, {"x": 3, "y": 4}]'),
-    ('a.json', '{"p.jpg": {"points": [[1, 2], [3, 4]]}}'), ('a.json', '[{"file": "p.jpg", "x": 1, "y": 2}, {"file": "p.jpg", "x": 3, "y": 4}]'),
-    ('a.json', '{"shapes": [{"shape_type": "point", "points": [[1, 2]]}, {"shape_type": "rectangle", "points": [[2, 3], [4, 5]]}]}'),
-    ('a.json', '{"img_id": "p.jpg", "human_num": 2, "points": [[1, 2], [3, 4]], "boxes": []}'), ('a.txt', '1 2 10 10 1 0\n3 4 9 9 2 1\n'),
+    ('a.json', '{"p.jpg": {"points": [[1, 2], [3, 4]]}}'),
+    ('a.json', '[{"file": "p.jpg", "x": 1, "y": 2}, {"file": "p.jpg", "x": 3, "y": 4}]'),
+    ('a.json',
+     '{"shapes": [{"shape_type": "point", "points": [[1, 2]]}, {"shape_type": "line", "points": [[2, 3], [4, 5]]}]}'),
+    ('a.json', '{"img_id": "p.jpg", "human_num": 2, "points": [[1, 2], [3, 4]], "boxes": []}'),
+    ('a.txt', '1 2 10 10 1 0\n3 4 9 9 2 1\n'),
     ('a.txt', '1 2\n3,4\n')])
 def test_spellings_of_two_points(tmp_path, name, content):
     path = tmp_path/name
@@ -231,9 +240,12 @@ def test_spellings_of_two_points(tmp_path, name, content):
     assert read_points(path, image='p.jpg').tolist() == [[1, 2], [3, 4]]
     if 'file' in content or 'p.jpg,' in content: assert read_points(path).tolist() == [[1, 2], [3, 4]]
 
-@pytest.mark.parametrize('name, content', [('a.csv', ''), ('a.csv', 'x,y\n'), ('a.csv', 'file,x,y\np.jpg,,\n'), ('a.json', '[]'), ('a.txt', ''),
+@pytest.mark.parametrize('name, content', [('a.csv', ''), ('a.csv', 'x,y\n'), ('a.csv', 'file,x,y\np.jpg,,\n'),
+                                           ('a.json', '[]'), ('a.txt', ''),
                                            ('a.json', '{"p.jpg": []}')])
-def test_nobody(tmp_path, name, content): assert read_points(text(tmp_path/name, content), image='p.jpg').shape == (0, 2)
+def test_nobody(tmp_path, name, content):
+    path = text(tmp_path/name, content)
+    assert read_points(path, image='p.jpg').shape == (0, 2)
 
 def test_empty_mats(tmp_path):
     for shape in ((0, 0), (0, 2)): assert read_points(mat(tmp_path/'a.mat', annPoints=np.zeros(shape))).shape == (0, 2)
@@ -262,10 +274,14 @@ def test_negative_points_may_be_kept_for_counting_them(tmp_path):
     assert len(inside(read_points(path, negative='keep'), (48, 64))) == 1
 
 @pytest.mark.parametrize('name, content, found', [
-    ('a.mat', 'text', 'a readable .mat file'), ('a.mat', '', '0 bytes'), ('a.json', '', '0 bytes'), ('a.json', '{"points": [', 'JSON'),
-    ('a.json', '{"points": 7}', 'points'), ('a.json', '[[1], [2]]', '(n, 2)'), ('a.json', '[["a", "b"]]', 'numbers'), ('a.json', '7', 'points'),
-    ('a.csv', 'x,y\n1,2\n3,four\n', 'line 3'), ('a.csv', 'x,y\n1\n', 'line 2'), ('a.csv', 'file,x,y\nq.jpg,1,2\n', 'points of p.jpg'),
-    ('a.txt', 'one two', 'numbers'), ('a.txt', '7\n', 'two numbers'), ('a.xml', '<a/>', '.xml'), ('a', '1,2', 'no suffix')])
+    ('a.mat', 'text', 'a readable .mat file'), ('a.mat', '', '0 bytes'), ('a.json', '', '0 bytes'),
+    ('a.json', '{"points": [', 'JSON'),
+    ('a.json', '{"points": 7}', 'points'), ('a.json', '[[1], [2]]', '(n, 2)'), ('a.json', '[["a", "b"]]', 'numbers'),
+    ('a.json', '7', 'points'),
+    ('a.csv', 'x,y\n1,2\n3,four\n', 'line 3'), ('a.csv', 'x,y\n1\n', 'line 2'),
+    ('a.csv', 'file,x,y\nq.jpg,1,2\n', 'points of p.jpg'),
+    ('a.txt', 'one two', 'numbers'), ('a.txt', '7\n', 'two numbers'), ('a.xml', '<a/>', '.xml'),
+    ('a', '1,2', 'no suffix')])
 def test_refused_annotations(tmp_path, name, content, found):
     refused(lambda: read_points(text(tmp_path/name, content), image='p.jpg'), name, found)
 
@@ -276,8 +292,8 @@ def test_refused_mats(tmp_path):
     whole = shanghai(tmp_path/'d.mat', HEADS).read_bytes()
     (tmp_path/'cut.mat').write_bytes(whole[:len(whole) // 2])
     refused(lambda: read_points(tmp_path/'cut.mat'), 'cut.mat')
-    (tmp_path/'new.mat').write_bytes(b'MATLAB 7.3 MAT-file, Platform: GLNXA64'.ljust(124) + b'\x00\x02IM' + b'\x89HDF\r\n\x1a\n')
-    refused(lambda: read_points(tmp_path/'new.mat'), 'new.mat')
+    (tmp_path/'new.mat').write_bytes(b'MATLAB 7.3 MAT-file'.ljust(124) + b'\x00\x02IM' + b'\x89HDF\r\n\x1a\n')
+    refused(lambda: read_points(tmp_path/'new.mat'), 'new.mat', '-v7')
     refused(lambda: read_points(tmp_path/'gone.mat'), 'gone.mat', 'No such file')
 
 def test_not_utf8_is_refused(tmp_path):
@@ -355,7 +371,7 @@ def test_marks_on_generated_scenes(tmp_path, seed):
     s = synthetic.scene(seed, size_hw=(480, 640))
     p = np.round(s.points_xy)
     p = p[((p >= 8) & (p < [632, 472])).all(1)]
-    alone = np.array([np.sort(np.hypot(*(p - q).T))[1:2].sum() > 12 for q in p], bool) if len(p) > 1 else np.ones(len(p), bool)
+    alone = np.array([(np.hypot(*(p - q).T) < 12).sum() == 1 for q in p])
     found = points_from_marks(marked(s.rgb, p, 'dot'), s.rgb)
     d = np.hypot(*np.moveaxis(found[:, None] - p[alone][None], -1, 0))
     assert alone.sum() > 3 and d.min(0).max() <= 1.5
@@ -367,7 +383,8 @@ def test_no_marks_and_other_sizes():
 
 # Layouts
 
-def shanghaitech(root, part='part_A', half='train_data', images='images', truth='ground-truth', numbers=(1, 2, 10), heads=HEADS):
+def shanghaitech(root, part='part_A', half='train_data', images='images', truth='ground-truth', numbers=(1, 2, 10),
+                 heads=HEADS):
     for n in numbers:
         picture(root/part/half/images/f'IMG_{n}.jpg', seed=n)
         shanghai(root/part/half/truth/f'GT_IMG_{n}.mat', heads[:1 + n % len(heads)])
@@ -402,7 +419,8 @@ def write_nwpu(root, kind='jsons'):
         p, name = HEADS[:1 + n % 3], f'{n:04}'
         picture(root/'images'/f'{name}.jpg', seed=n)
         if kind == 'jsons':
-            d = dict(img_id=f'{name}.jpg', human_num=len(p), points=p.tolist(), boxes=[[x, y, x + 9, y + 9] for x, y in p.tolist()])
+            d = dict(img_id=f'{name}.jpg', human_num=len(p), points=p.tolist(),
+                     boxes=[[x, y, x + 9, y + 9] for x, y in p.tolist()])
             text(root/'jsons'/f'{name}.json', json.dumps(d))
         else: mat(root/'mats'/f'{name}.mat', annPoints=p.astype(float), annBoxes=np.c_[p, p + 9].astype(float))
         text(root/f'{half}.txt', f'{name} 1 2\n')
@@ -414,17 +432,22 @@ def coco(pictures, shape='bbox'):
     for i, points in enumerate(pictures.values()):
         for x, y in np.asarray(points).tolist():
             a = dict(id=len(d['annotations']), image_id=i, category_id=1)
-            a |= dict(bbox=[x - 3, y - 4, 6, 8]) if shape == 'bbox' else dict(keypoints=[0, 0, 0, x, y, 2]) if shape == 'keypoints' else dict(point=[x, y])
+            a |= dict(bbox=dict(bbox=[x - 3, y - 4, 6, 8]), keypoints=dict(keypoints=[0, 0, 0, x, y, 2]),
+                      point=dict(point=[x, y]))[shape]
             d['annotations'].append(a)
-        d['annotations'] += [dict(id=900, image_id=i, category_id=2, bbox=[1, 1, 5, 5]), dict(id=901, image_id=i, category_id=1, iscrowd=1, bbox=[0, 0, 9, 9])]
+        d['annotations'] += [dict(id=900, image_id=i, category_id=2, bbox=[1, 1, 5, 5]),
+                             dict(id=901, image_id=i, category_id=1, iscrowd=1, bbox=[0, 0, 9, 9])]
     return json.dumps(d)
 
 def write_coco(root, shape='bbox'):
     for half, numbers in (('train2017', (1, 2)), ('val2017', (10,))):
         for n in numbers: picture(root/half/f'{n:012}.jpg', seed=n)
-        text(root/'annotations'/f'instances_{half}.json', coco({f'{n:012}.jpg': HEADS[:1 + n % 3] for n in numbers}, shape))
+        text(root/'annotations'/f'instances_{half}.json',
+             coco({f'{n:012}.jpg': HEADS[:1 + n % 3] for n in numbers}, shape))
 
-def yolo_rows(points, h=48, w=64): return ''.join(f'0 {x / w:.6f} {y / h:.6f} 0.1 0.1\n' for x, y in np.asarray(points).tolist())
+def yolo_rows(points, h=48, w=64):
+    shares = (np.asarray(points) / [w, h]).tolist()
+    return ''.join(f'0 {x:.6f} {y:.6f} 0.1 0.1\n' for x, y in shares)
 
 def write_yolo(root):
     text(root/'data.yaml', "train: images/train\nval: images/val\nnames:\n  0: head\n  1: hat\n")
@@ -437,10 +460,11 @@ def write_points(root):
     text(root/'heads.csv', 'file,x,y\n' + ''.join(rows))
     for n in (1, 2, 10): picture(root/f'{n}.jpg', seed=n)
 
-WRITERS = dict(shanghaitech=shanghaitech, ucf_cc_50=write_ucf_cc_50, ucf_qnrf=write_ucf_qnrf, mall=write_mall, jhu=write_jhu, nwpu=write_nwpu,
-               coco=write_coco, yolo=write_yolo, points=write_points)
-HALVES = dict(shanghaitech='train train train', ucf_cc_50='all all all', ucf_qnrf='train train test', mall='train train train',
-              jhu='train valid test', nwpu='train valid test', coco='train train valid', yolo='train valid test', points='all all all')
+WRITERS = dict(shanghaitech=shanghaitech, ucf_cc_50=write_ucf_cc_50, ucf_qnrf=write_ucf_qnrf, mall=write_mall)
+WRITERS |= dict(jhu=write_jhu, nwpu=write_nwpu, coco=write_coco, yolo=write_yolo, points=write_points)
+HALVES = dict(shanghaitech='train train train', ucf_cc_50='all all all', ucf_qnrf='train train test')
+HALVES |= dict(mall='train train train', coco='train train valid', points='all all all')
+HALVES |= dict.fromkeys(('jhu', 'nwpu', 'yolo'), 'train valid test')
 
 def same_heads(data):
     "Each picture's points are those that were written for its number"
@@ -485,10 +509,12 @@ def test_both_parts_and_halves(tmp_path):
 def test_strays_shift_nothing(tmp_path):
     root = shanghaitech(tmp_path, numbers=(1, 2, 3, 10, 20))
     images, truth = root/'part_A/train_data/images', root/'part_A/train_data/ground-truth'
-    for p in (images/'000.png', images/'Thumbs.db', images/'IMG_1.txt', truth/'notes.mat', truth/'Thumbs.db', truth/'GT_IMG_99.mat'): p.touch()
+    for name in ('000.png', 'Thumbs.db', 'IMG_1.txt'): (images/name).touch()
+    for name in ('notes.mat', 'Thumbs.db', 'GT_IMG_99.mat'): (truth/name).touch()
     data = open_data(root)
     assert [o.number for o in data] == [1, 2, 3, 10, 20] and same_heads(data)
-    assert {p.name for p in data.strays} == {'000.png', 'Thumbs.db', 'IMG_1.txt', 'notes.mat', 'GT_IMG_99.mat'} and len(data.strays) == 6
+    strays = ['000.png', 'GT_IMG_99.mat', 'IMG_1.txt', 'Thumbs.db', 'Thumbs.db', 'notes.mat']
+    assert sorted(p.name for p in data.strays) == strays
 
 @pytest.mark.parametrize('twin', ['IMG_2.png', 'IMG_02.jpg', 'IMG_2.JPG'])
 def test_two_pictures_of_one_number(tmp_path, twin):
@@ -515,6 +541,13 @@ def test_mall_names_and_halves(tmp_path, truth):
     data = open_data(tmp_path)
     assert [o.split for o in data] == ['train', 'train', 'train', 'test'] and data[1].count() == 3
     refused(data[3].points, truth, '1 to 10')
+
+def test_mall_frames_as_a_struct_array(tmp_path):
+    write_mall(tmp_path)
+    frames = np.empty((1, 10), [('loc', object)])
+    for i in range(10): frames[0, i]['loc'] = HEADS[:1 + (i + 1) % 3] + 1.
+    mat(tmp_path/'mall_gt.mat', frame=frames)
+    assert same_heads(open_data(tmp_path))
 
 def test_mall_count_field(tmp_path):
     write_mall(tmp_path)
@@ -565,7 +598,8 @@ def test_coco_picture_that_is_not_there(tmp_path):
     text(tmp_path/'all.json', coco({'a.jpg': HEADS, 'gone.jpg': HEADS}))
     assert Counter(p.kind for p in check(tmp_path))['unreadable picture'] == 1
 
-@pytest.mark.parametrize('names', ["names: ['hat', 'head']\n", 'nc: 2\nnames:\n- hat\n- head\n', 'names:\n  0: hat\n  1: head\n'])
+@pytest.mark.parametrize('names', ["names: ['hat', 'head']\n", 'nc: 2\nnames:\n- hat\n- head\n',
+                                   'names:\n  0: hat\n  1: head\n'])
 def test_yolo_class_names(tmp_path, names):
     text(tmp_path/'data.yaml', names)
     picture(tmp_path/'train/images/a.jpg')
@@ -590,7 +624,8 @@ def test_own_pictures(tmp_path, kind):
         stem = name.rsplit('.', 1)[0]
         if kind == 'json': text(tmp_path/f'{stem}.json', json.dumps(points))
         elif kind == 'mat': shanghai(tmp_path/f'{stem}.mat', HEADS)
-        else: text(tmp_path/('points' if kind == 'folder' else '')/f'{stem}.csv', 'x,y\n' + ''.join(f'{x},{y}\n' for x, y in points))
+        else: text(tmp_path/('points' if kind == 'folder' else '')/f'{stem}.csv',
+                   'x,y\n' + ''.join(f'{x},{y}\n' for x, y in points))
     data = open_data(tmp_path)
     assert data.layout == 'points' and [o.name for o in data] == list(names) and [o.count() for o in data] == [3, 3]
 
@@ -634,7 +669,8 @@ def test_split_keeps_groups_and_forgets_the_order(numbers, every, seed, random):
     def rows(fs):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            return {r['file']: (r['group'], r['split']) for r in grouped_split(fs, seed=seed, groups=[group[f] for f in fs])}
+            split = grouped_split(fs, seed=seed, groups=[group[f] for f in fs])
+        return {r['file']: (r['group'], r['split']) for r in split}
     found, shuffled = rows(files), list(files)
     random.shuffle(shuffled)
     assert rows(shuffled) == found and list(found) == files
@@ -657,7 +693,7 @@ def test_wrong_shares():
     with pytest.raises(ValueError, match='below 1'): grouped_split(range(9), valid=.9, tune=.2, groups=range(9))
 
 def test_one_place_is_cut_with_a_warning():
-    with pytest.warns(UserWarning, match='100 of 100 pictures show one place'): rows = grouped_split(range(100), groups=[0] * 100)
+    with pytest.warns(UserWarning, match='100 of 100 pictures'): rows = grouped_split(range(100), groups=[0] * 100)
     count = Counter(r['split'] for r in rows)
     assert count == dict(train=65, valid=20, tune=15) and len({r['group'] for r in rows}) == 20
 
@@ -667,7 +703,8 @@ def wall(seed, size_hw=(320, 448)):
 
 def test_look_alikes(tmp_path):
     one, other = wall(0), wall(1)
-    shots = [one[20:260, 30:350], one[60:300, 100:420], other[:240, :320], other[:240, :320][:, ::-1], wall(2)[:240, :320], wall(3)[:240, :320]]
+    shots = [one[20:260, 30:350], one[60:300, 100:420], other[:240, :320], other[:240, :320][:, ::-1],
+             wall(2)[:240, :320], wall(3)[:240, :320]]
     files = [tmp_path/f'IMG_{i}.png' for i in range(len(shots))]
     for f, s in zip(files, shots): Image.fromarray(s).save(f)
     Image.fromarray(shots[4]).save(tmp_path/'again.jpg', quality=60)
@@ -681,7 +718,8 @@ def test_look_alikes_of_broken_and_flat_pictures(tmp_path):
     Image.new('I;16', (64, 64), 40000).save(tmp_path/'deep.png')
     text(tmp_path/'text.jpg', 'text')
     picture(tmp_path/'a.png')
-    assert len(set(look_alikes([tmp_path/n for n in ('black.png', 'deep.png', 'text.jpg', 'a.png', 'missing.jpg')]))) == 5
+    names = 'black.png', 'deep.png', 'text.jpg', 'a.png', 'missing.jpg'
+    assert len(set(look_alikes([tmp_path/n for n in names]))) == 5
     assert look_alikes([]).shape == (0,) and grouped_split([]) == []
 
 def test_written_split_is_read_back(tmp_path):
@@ -704,7 +742,8 @@ def test_near_duplicates_of_part_a_share_a_group():
     for a, b in ((167, 169), (118, 283)): assert split[f'IMG_{a}.jpg'] == split[f'IMG_{b}.jpg']
 
 def test_exclusions():
-    assert set(EXCLUDED) == {*(('A', 'train', n) for n in (2, 60, 97, 121, 139, 154)), *(('B', 'train', n) for n in (108, 202, 296, 396, 217))}
+    assert set(EXCLUDED) == {*(('A', 'train', n) for n in (2, 60, 97, 121, 139, 154)),
+                             *(('B', 'train', n) for n in (108, 202, 296, 396, 217))}
     assert all(EXCLUDED.values())
 
 def test_training_leaves_out_and_can_be_told_not_to(tmp_path):
@@ -750,9 +789,12 @@ def test_check_names_everything(tmp_path):
     shanghai(root/'part_A/test_data/ground-truth/GT_IMG_1.mat', [[5, 5]])
     seen, calls = check(open_data(root)), []
     found = {(p.file.name, p.kind) for p in seen}
-    assert found == {('IMG_1.jpg', 'unreadable picture'), ('IMG_2.jpg', 'missing annotation'), ('GT_IMG_3.mat', 'malformed annotation'),
-                     ('IMG_4.jpg', 'duplicate points'), ('IMG_4.jpg', 'outside the frame'), ('IMG_5.jpg', 'empty annotation'),
-                     ('IMG_6.jpg', 'count field'), ('GT_IMG_7.mat', 'malformed annotation'), ('IMG_8.jpg', 'unreadable picture'),
+    assert found == {('IMG_1.jpg', 'unreadable picture'), ('IMG_2.jpg', 'missing annotation'),
+                     ('GT_IMG_3.mat', 'malformed annotation'),
+                     ('IMG_4.jpg', 'duplicate points'), ('IMG_4.jpg', 'outside the frame'),
+                     ('IMG_5.jpg', 'empty annotation'),
+                     ('IMG_6.jpg', 'count field'), ('GT_IMG_7.mat', 'malformed annotation'),
+                     ('IMG_8.jpg', 'unreadable picture'),
                      ('IMG_9.jpg', 'near-duplicate')}
     assert check(open_data(root), progress=lambda it, text: calls.append(text) or it) == seen and calls == ['checking']
 
@@ -762,7 +804,8 @@ def test_check_names_everything(tmp_path):
 def test_real_halves(real_data, part, n, heads):
     data = open_data(real_data, part=part).select(split='train')
     assert len(data) == n and sum(o.count() for o in data) == heads and not data.strays
-    assert {o.name: shipped_split(part)[o.name][1] for o in data} == {o.name: s for s in ('train', 'tune', 'valid') for o in split_of(data, s)}
+    sides = {o.name: s for s in ('train', 'tune', 'valid') for o in split_of(data, s)}
+    assert sides == {o.name: shipped_split(part)[o.name][1] for o in data}
     assert len(split_of(data[:60], 'train')) == sum(shipped_split(part)[o.name][1] == 'train' for o in data[:60])
     assert len(training_items(data)) == n - sum(k[0] == part for k in EXCLUDED)
 
