@@ -8,7 +8,7 @@ __all__ = ['OUTPUTS', 'HEAT', 'CELL', 'LEVEL', 'FEATURES', 'PROVIDERS', 'MARGIN'
            'working_scale', 'better_scale', 'Model', 'load', 'tile_map', 'overlay', 'says', 'stems', 'save_views',
            'predict_files', 'finish_onnx', 'quantised', 'quantise', 'table', 'model_card', 'write_model_card']
 
-# %% ../nbs/07_inference.ipynb #07-inference-004
+# %% ../nbs/07_inference.ipynb #07-inference-005
 import hashlib, json, logging, os, struct, tempfile, time
 from dataclasses import dataclass
 from importlib import resources
@@ -18,17 +18,17 @@ import numpy as np
 
 from .data import DataError, atomic, read_rgb
 
-# %% ../nbs/07_inference.ipynb #07-inference-005
+# %% ../nbs/07_inference.ipynb #07-inference-006
 try: import cv2
 except ImportError as e:
     raise ImportError(f'{e}. OpenCV needs system libraries that slim images lack: `apt-get install libgl1 libglib2.0-0`, '
                       'or install `opencv-python-headless` instead of `opencv-python`') from e
 
-# %% ../nbs/07_inference.ipynb #07-inference-007
+# %% ../nbs/07_inference.ipynb #07-inference-008
 class ModelError(DataError):
     "A file that cannot be used as a model: says which file, what was expected and what was found"
 
-# %% ../nbs/07_inference.ipynb #07-inference-008
+# %% ../nbs/07_inference.ipynb #07-inference-009
 def _varint(b, i):
     "The number that starts at byte `i` of `b`, and where it ends"
     n = shift = 0
@@ -55,27 +55,31 @@ def _fields(b # bytes of one message
         if i > n: raise ValueError('cut short')
         yield key >> 3, v, start
 
-# %% ../nbs/07_inference.ipynb #07-inference-012
-OUTPUTS = {'counting': 'density', 'segmentation': 'human', 'autoencoder': 'heatmap'} # what a model of each task gives
-
-# %% ../nbs/07_inference.ipynb #07-inference-014
-_DOMAINS = ('', 'ai.onnx', 'com.microsoft') # whose operators come with ONNX Runtime itself
-
-def _graph_problem(graph):
-    "Why this graph is not opened, or None"
-    for number, v, _ in _fields(graph):
-        if number == 5 and any(n == 13 or (n == 14 and x == 1) for n, x, _ in _fields(v)):
-            return 'weights in another file (external data)'
-        if number != 1: continue
-        for n, x, _ in _fields(v):
-            if n == 7 and bytes(x).decode() not in _DOMAINS: return f'an operator of the foreign domain {bytes(x).decode()!r}'
-            if n != 5: continue
-            for m, y, _ in _fields(x): # attributes: 5 a tensor, 6 a graph
-                if m == 5 and any(k == 13 or (k == 14 and z == 1) for k, z, _ in _fields(y)):
-                    return 'weights in another file (external data)'
-                if m == 6 and (p := _graph_problem(y)): return p
+# %% ../nbs/07_inference.ipynb #07-inference-013
+OUTPUTS = dict(counting='density', segmentation='human', autoencoder='heatmap') # what a model of each task gives
 
 # %% ../nbs/07_inference.ipynb #07-inference-015
+_DOMAINS = ('', 'ai.onnx', 'com.microsoft') # whose operators come with ONNX Runtime itself
+_EXTERNAL = 'weights in another file (external data)'
+
+def _elsewhere(tensor): return any(n == 13 or (n == 14 and v == 1) for n, v, _ in _fields(tensor))
+
+def _node_problem(node):
+    "Why a node is not opened, or None; its attributes may hold tensors (5) and graphs (6)"
+    for n, v, _ in _fields(node):
+        if n == 7 and bytes(v).decode() not in _DOMAINS: return f'an operator of the foreign domain {bytes(v).decode()!r}'
+        parts = list(_fields(v)) if n == 5 else []
+        if any(k == 5 and _elsewhere(x) for k, x, _ in parts): return _EXTERNAL
+        for k, x, _ in parts:
+            if k == 6 and (problem := _graph_problem(x)): return problem
+
+def _graph_problem(graph):
+    "Why a graph is not opened, or None; it has nodes (1) and weights (5)"
+    for n, v, _ in _fields(graph):
+        if n == 5 and _elsewhere(v): return _EXTERNAL
+        if n == 1 and (problem := _node_problem(v)): return problem
+
+# %% ../nbs/07_inference.ipynb #07-inference-017
 _MAGIC = {b'PK\x03\x04': 'a zip archive such as torch.save writes (a pickle)', b'\x89HDF': 'an HDF5 file', b'\x89PNG': 'a PNG picture',
           b'\xff\xd8\xff': 'a JPEG picture', b'\x80\x02': 'a pickle', b'\x80\x03': 'a pickle', b'\x80\x04': 'a pickle', b'\x80\x05': 'a pickle'}
 
@@ -97,7 +101,7 @@ def _card_in(path, text):
     if not isinstance(card, dict): raise ModelError(path, 'a model with a card of this project (JSON)', 'one without')
     return card
 
-# %% ../nbs/07_inference.ipynb #07-inference-017
+# %% ../nbs/07_inference.ipynb #07-inference-019
 def _envelope(path # ONNX file
              )->tuple: # `(card, graph, all bytes)`
     "What an ONNX file says about itself, checked without opening it as a program"
@@ -116,119 +120,64 @@ def _envelope(path # ONNX file
     if said not in (None, found): raise ModelError(path, f'a graph with sha256 {str(said)[:12]}…', f'{found[:12]}…: the file was altered')
     return card, graph[0], b
 
-# %% ../nbs/07_inference.ipynb #07-inference-022
-def _safe_header(path):
-    "JSON header of a safetensors file and where its tensors begin"
-    wanted = 'a safetensors file with a card'
-    b = _read(path, wanted)
-    n = struct.unpack('<Q', b[:8])[0]
-    if n > min(len(b)-8, 2**24): raise ModelError(path, wanted, f'{len(b)} bytes that are something else, or cut short')
-    try:
-        header = json.loads(b[8:8+n])
-        end = 8 + n + max((v['data_offsets'][1] for k, v in header.items() if k != '__metadata__'), default=0)
-    except (ValueError, AttributeError, TypeError, KeyError): raise ModelError(path, wanted, 'a header that is not one of safetensors') from None
-    if end != len(b): raise ModelError(path, f'{end} bytes', f'{len(b)} bytes: the file is damaged or cut short')
-    return header, 8+n, b
-
-def _safe_card(path # safetensors file
-              )->dict: # its card
-    "The card of a safetensors file whose tensors are the ones that the card was written for"
-    header, start, b = _safe_header(path)
-    card, h = _card_in(path, (header.get('__metadata__') or {}).get('card', 'null')), hashlib.sha256()
-    names = {'F16': 'float16', 'F32': 'float32', 'F64': 'float64', 'I64': 'int64', 'I32': 'int32', 'U8': 'uint8', 'BOOL': 'bool'}
-    for k in sorted(k for k in header if k != '__metadata__'):
-        v = header[k]
-        h.update(f'{k} {names.get(v["dtype"], v["dtype"])} {tuple(v["shape"])}\n'.encode())
-        h.update(b[start+v['data_offsets'][0]:start+v['data_offsets'][1]])
-    if h.hexdigest() != card.get('sha256'):
-        raise ModelError(path, f'tensors with sha256 {str(card.get("sha256"))[:12]}…', f'{h.hexdigest()[:12]}…: the file was altered')
-    return card
-
-# %% ../nbs/07_inference.ipynb #07-inference-023
-def _safe_header(path):
-    "JSON header of a safetensors file and where its tensors begin"
-    wanted = 'a safetensors file with a card'
-    b = _read(path, wanted)
-    n = struct.unpack('<Q', b[:8])[0]
-    if n > min(len(b)-8, 2**24): raise ModelError(path, wanted, f'{len(b)} bytes that are something else, or cut short')
-    try:
-        header = json.loads(b[8:8+n])
-        end = 8 + n + max((v['data_offsets'][1] for k, v in header.items() if k != '__metadata__'), default=0)
-    except (ValueError, AttributeError, TypeError, KeyError): raise ModelError(path, wanted, 'a header that is not one of safetensors') from None
-    if end != len(b): raise ModelError(path, f'{end} bytes', f'{len(b)} bytes: the file is damaged or cut short')
-    return header, 8+n, b
-
-def _safe_card(path # safetensors file
-              )->dict: # its card
-    "The card of a safetensors file whose tensors are the ones that the card was written for"
-    header, start, b = _safe_header(path)
-    card, h = _card_in(path, (header.get('__metadata__') or {}).get('card', 'null')), hashlib.sha256()
-    names = {'F16': 'float16', 'F32': 'float32', 'F64': 'float64', 'I64': 'int64', 'I32': 'int32', 'U8': 'uint8', 'BOOL': 'bool'}
-    for k in sorted(k for k in header if k != '__metadata__'):
-        v = header[k]
-        h.update(f'{k} {names.get(v["dtype"], v["dtype"])} {tuple(v["shape"])}\n'.encode())
-        h.update(b[start+v['data_offsets'][0]:start+v['data_offsets'][1]])
-    if h.hexdigest() != card.get('sha256'):
-        raise ModelError(path, f'tensors with sha256 {str(card.get("sha256"))[:12]}…', f'{h.hexdigest()[:12]}…: the file was altered')
-    return card
-
 # %% ../nbs/07_inference.ipynb #07-inference-025
+def _safe_header(path):
+    "JSON header of a safetensors file and where its tensors begin"
+    wanted = 'a safetensors file with a card'
+    b = _read(path, wanted)
+    n = struct.unpack('<Q', b[:8])[0]
+    if n > min(len(b)-8, 2**24): raise ModelError(path, wanted, f'{len(b)} bytes that are something else, or cut short')
+    try:
+        header = json.loads(b[8:8+n])
+        end = 8 + n + max((v['data_offsets'][1] for k, v in header.items() if k != '__metadata__'), default=0)
+    except (ValueError, AttributeError, TypeError, KeyError): raise ModelError(path, wanted, 'a header that is not one of safetensors') from None
+    if end != len(b): raise ModelError(path, f'{end} bytes', f'{len(b)} bytes: the file is damaged or cut short')
+    return header, 8+n, b
+
+def _safe_card(path # safetensors file
+              )->dict: # its card
+    "The card of a safetensors file whose tensors are the ones that the card was written for"
+    header, start, b = _safe_header(path)
+    card, h = _card_in(path, (header.get('__metadata__') or {}).get('card', 'null')), hashlib.sha256()
+    names = dict(F16='float16', F32='float32', F64='float64', I64='int64', I32='int32', U8='uint8', BOOL='bool')
+    for k in sorted(k for k in header if k != '__metadata__'):
+        v = header[k]
+        h.update(f'{k} {names.get(v["dtype"], v["dtype"])} {tuple(v["shape"])}\n'.encode())
+        h.update(b[start+v['data_offsets'][0]:start+v['data_offsets'][1]])
+    if h.hexdigest() != card.get('sha256'):
+        raise ModelError(path, f'tensors with sha256 {str(card.get("sha256"))[:12]}…', f'{h.hexdigest()[:12]}…: the file was altered')
+    return card
+
+# %% ../nbs/07_inference.ipynb #07-inference-027
 def _message(number, b):
     "One length-delimited protocol buffer field"
     def varint(n): return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
     return varint(number << 3 | 2) + varint(len(b)) + b
-
-def update_card(path, # `.onnx` or `.safetensors` file
-                **values # what to set in the card
-               )->dict: # the card as written
-    "Write values into the card of a model file; weights and graph stay as they are"
-    path = Path(path)
-    if path.suffix == '.safetensors':
-        header, start, b = _safe_header(path)
-        card = {**_safe_card(path), **values}
-        header['__metadata__'] = {**(header.get('__metadata__') or {}), 'card': json.dumps(card)}
-        text = json.dumps(header).encode()
-        text += b' ' * (-len(text) % 8)
-        parts = [struct.pack('<Q', len(text)), text, b[start:]]
-    else:
-        card, graph, b = _envelope(path)
-        card = {**card, **values, 'graph_sha256': hashlib.sha256(graph).hexdigest()}
-        marks = [(n, v, s) for n, v, s in _fields(b)] + [(0, b'', len(b))]
-        parts = [b[s:e] for (n, _, s), (_, _, e) in zip(marks, marks[1:]) if n != 14]
-        parts.append(_message(14, _message(1, b'card') + _message(2, json.dumps(card).encode())))
-    with atomic(path) as tmp:
-        with open(tmp, 'wb') as f: f.writelines(parts)
-    return card
-
-# %% ../nbs/07_inference.ipynb #07-inference-026
-def _message(number, b):
-    "One length-delimited protocol buffer field"
-    def varint(n): return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
-    return varint(number << 3 | 2) + varint(len(b)) + b
-
-def update_card(path, # `.onnx` or `.safetensors` file
-                **values # what to set in the card
-               )->dict: # the card as written
-    "Write values into the card of a model file; weights and graph stay as they are"
-    path = Path(path)
-    if path.suffix == '.safetensors':
-        header, start, b = _safe_header(path)
-        card = {**_safe_card(path), **values}
-        header['__metadata__'] = {**(header.get('__metadata__') or {}), 'card': json.dumps(card)}
-        text = json.dumps(header).encode()
-        text += b' ' * (-len(text) % 8)
-        parts = [struct.pack('<Q', len(text)), text, b[start:]]
-    else:
-        card, graph, b = _envelope(path)
-        card = {**card, **values, 'graph_sha256': hashlib.sha256(graph).hexdigest()}
-        marks = [(n, v, s) for n, v, s in _fields(b)] + [(0, b'', len(b))]
-        parts = [b[s:e] for (n, _, s), (_, _, e) in zip(marks, marks[1:]) if n != 14]
-        parts.append(_message(14, _message(1, b'card') + _message(2, json.dumps(card).encode())))
-    with atomic(path) as tmp:
-        with open(tmp, 'wb') as f: f.writelines(parts)
-    return card
 
 # %% ../nbs/07_inference.ipynb #07-inference-029
+def update_card(path, # `.onnx` or `.safetensors` file
+                **values # what to set in the card
+               )->dict: # the card as written
+    "Write values into the card of a model file; weights and graph stay as they are"
+    path = Path(path)
+    if path.suffix == '.safetensors':
+        header, start, b = _safe_header(path)
+        card = {**_safe_card(path), **values}
+        header['__metadata__'] = {**(header.get('__metadata__') or {}), 'card': json.dumps(card)}
+        text = json.dumps(header).encode()
+        text += b' ' * (-len(text) % 8)
+        parts = [struct.pack('<Q', len(text)), text, b[start:]]
+    else:
+        card, graph, b = _envelope(path)
+        card = {**card, **values, 'graph_sha256': hashlib.sha256(graph).hexdigest()}
+        marks = [(n, v, s) for n, v, s in _fields(b)] + [(0, b'', len(b))]
+        parts = [b[s:e] for (n, _, s), (_, _, e) in zip(marks, marks[1:]) if n != 14]
+        parts.append(_message(14, _message(1, b'card') + _message(2, json.dumps(card).encode())))
+    with atomic(path) as tmp:
+        with open(tmp, 'wb') as f: f.writelines(parts)
+    return card
+
+# %% ../nbs/07_inference.ipynb #07-inference-032
 def model_path(name # 'counting', 'segmentation', a `.onnx` or `.safetensors` file, or the folder of a run
               )->Path: # the ONNX file
     "The file that a model's name stands for"
@@ -247,7 +196,7 @@ def model_path(name # 'counting', 'segmentation', a `.onnx` or `.safetensors` fi
     names = sorted(p.stem for p in folder.glob('*.onnx') if '.int8' not in p.name)
     raise ModelError(name, f'a file, or one of the weights that ship: {", ".join(names) or "none yet"}', 'neither')
 
-# %% ../nbs/07_inference.ipynb #07-inference-032
+# %% ../nbs/07_inference.ipynb #07-inference-035
 def _axis(length, tile, margin, multiple):
     "Tiles of one size along an axis: `(start, stop, keep from, keep to)`; the kept parts join without gap"
     if tile >= length: return [(0, length, 0, length)]
@@ -271,7 +220,7 @@ def tiles(size_hw, # padded height and width, pixels
     th, tw = (a, b) if h <= w else (b, a)
     return [(y, x) for y in _axis(h, th, margin, multiple) for x in _axis(w, tw, margin, multiple)]
 
-# %% ../nbs/07_inference.ipynb #07-inference-035
+# %% ../nbs/07_inference.ipynb #07-inference-038
 def _window(rgb, size_hw, y, x):
     "Part `y`, `x` (start, stop) of `rgb` as enlarged to `size_hw`, without enlarging the rest"
     (h, w), (H, W) = rgb.shape[:2], size_hw
@@ -292,7 +241,7 @@ def _scaled(rgb, # (h, w, 3)
     else: return size, lambda y, x: _window(rgb, size, y, x)
     return size, lambda y, x: small[y[0]:y[1], x[0]:x[1]]
 
-# %% ../nbs/07_inference.ipynb #07-inference-038
+# %% ../nbs/07_inference.ipynb #07-inference-041
 def _overlap(n, # pixels along the axis
              m, # cells as they are
              step, # side of the old cells, pixels; the last may stick out
@@ -314,7 +263,7 @@ def regrid(density, # (m, n) people per cell
     (h, w), (m, n), (sy, sx) = size_hw, density.shape, step_hw
     return _overlap(h, m, sy, cell) @ density @ _overlap(w, n, sx, cell).T
 
-# %% ../nbs/07_inference.ipynb #07-inference-041
+# %% ../nbs/07_inference.ipynb #07-inference-044
 HEAT = 2*np.pi*4**2 # a lone head's peak is 1 in a heatmap of this scale (room 02)
 CELL = 8 # side of the cells of `Estimate.density`, pixels
 LEVEL = .1/HEAT # people per pixel from which a pixel counts as human: a tenth of a lone head's peak
@@ -352,7 +301,7 @@ class Estimate:
         d, step = self.work or (self.density, (self.cell, self.cell))
         return _peaks(d, step, self.size_hw, self.peak if threshold is None else threshold)
 
-# %% ../nbs/07_inference.ipynb #07-inference-042
+# %% ../nbs/07_inference.ipynb #07-inference-045
 def _half_mask(density, size_hw):
     "Human mask of a density map on a grid of 2 pixels"
     h, w = (-(-n // 2) for n in size_hw)
@@ -376,7 +325,7 @@ def _peaks(density, # (m, n) people per cell
     xy = np.stack([(x+.5+dx)*step[1], (y+.5+dy)*step[0]], 1)
     return np.clip(xy, 0, np.array(size_hw[::-1])-1).astype(np.float32)
 
-# %% ../nbs/07_inference.ipynb #07-inference-045
+# %% ../nbs/07_inference.ipynb #07-inference-048
 def _quantiles(r, level):
     "Bounds that the middle `level` of `r` and one more lie in (conformal)"
     a, n = (1-level)/2, len(r)
@@ -412,7 +361,7 @@ def fit_interval(true, # people
         low[short], high[short] = low[short]*1.03, high[short]*1.03
     return dict(rule, low=low.tolist(), high=high.tolist(), **(dict(like=fit_like(like)) if like is not None else {}))
 
-# %% ../nbs/07_inference.ipynb #07-inference-046
+# %% ../nbs/07_inference.ipynb #07-inference-049
 def interval(rule, # part of a card, from `fit_interval`
              count, # people
              unlike=0. # how far the picture is from those known
@@ -424,7 +373,7 @@ def interval(rule, # part of a card, from `fit_interval`
     widen = max(1., unlike)
     return float(max(min(np.exp(x + lo*widen) - c, count), 0)), float(max(np.exp(x + hi*widen) - c, count))
 
-# %% ../nbs/07_inference.ipynb #07-inference-050
+# %% ../nbs/07_inference.ipynb #07-inference-055
 FEATURES = ('brightness', 'contrast', 'colour', 'coarse edges', 'fine edges', 'dark', 'bright', 'people', 'crowding')
 
 def features(rgb, # uint8 (h, w, 3)
@@ -447,7 +396,7 @@ def unlike(like, # part of a card: `mean`, `inverse`, `far`
     d = np.asarray(x) - np.asarray(like['mean'])
     return float(np.sqrt(max(d @ np.asarray(like['inverse']) @ d, 0)) / like['far'])
 
-# %% ../nbs/07_inference.ipynb #07-inference-051
+# %% ../nbs/07_inference.ipynb #07-inference-057
 def fit_like(x # (n, f) features of known pictures
             )->dict: # for the card
     "What is usual among known pictures: their mean, how they vary together, and how far one in twenty lies"
@@ -457,7 +406,7 @@ def fit_like(x # (n, f) features of known pictures
     far = np.quantile(np.sqrt(np.einsum('ni,ij,nj->n', x-mean, inverse, x-mean)), .95)
     return dict(mean=mean.round(5).tolist(), inverse=inverse.round(5).tolist(), far=float(far), names=list(FEATURES[:x.shape[1]]))
 
-# %% ../nbs/07_inference.ipynb #07-inference-054
+# %% ../nbs/07_inference.ipynb #07-inference-060
 def working_scale(rule, # part of a card: `area` (pixels), `most` (factor)
                   size_hw # `(height, width)` of the picture
                  )->float: # factor
@@ -473,8 +422,8 @@ def better_scale(rule, # part of a card
     "A finer scale if heads are too small to be seen at this one"
     return None
 
-# %% ../nbs/07_inference.ipynb #07-inference-057
-PROVIDERS = {'cpu': 'CPUExecutionProvider', 'cuda': 'CUDAExecutionProvider', 'openvino': 'OpenVINOExecutionProvider'}
+# %% ../nbs/07_inference.ipynb #07-inference-063
+PROVIDERS = dict(cpu='CPUExecutionProvider', cuda='CUDAExecutionProvider', openvino='OpenVINOExecutionProvider')
 
 def _session(path, threads=None, providers=None):
     "An ONNX Runtime session"
@@ -488,7 +437,7 @@ def _session(path, threads=None, providers=None):
     try: return ort.InferenceSession(str(path), o, providers=wanted)
     except Exception as e: raise ModelError(path, 'a graph that ONNX Runtime can run', str(e).splitlines()[0][:200]) from None
 
-# %% ../nbs/07_inference.ipynb #07-inference-058
+# %% ../nbs/07_inference.ipynb #07-inference-065
 MARGIN = {'counting': 128, 'segmentation': 64} # pixels that a tile sees beyond what it is asked about
 BUDGET = {'counting': 2**20, 'segmentation': 2**18} # pixels of a tile, where a picture does not go through a model in one piece
 
@@ -528,7 +477,7 @@ class Model:
             x[0, c] -= self.mean[c]/self.std[c]
         return x
 
-# %% ../nbs/07_inference.ipynb #07-inference-059
+# %% ../nbs/07_inference.ipynb #07-inference-067
 def load(name='counting', # 'counting', 'segmentation', a `.onnx` or `.safetensors` file, or the folder of a run
          threads=None, # of the processor; all that this process may use if None
          providers=None, # 'cpu', 'cuda', 'openvino' or ONNX Runtime's own names
@@ -538,7 +487,7 @@ def load(name='counting', # 'counting', 'segmentation', a `.onnx` or `.safetenso
     path = model_path(name)
     return Model(quantised(path) if int8 else path, threads, providers)
 
-# %% ../nbs/07_inference.ipynb #07-inference-060
+# %% ../nbs/07_inference.ipynb #07-inference-069
 def tile_map(model, # has `run`, `stride`, `multiple`, `whole`, `budget`, `margin`
              rgb, # uint8 (h, w, 3)
              scale=1., # factor at which the picture is looked at
@@ -559,7 +508,7 @@ def tile_map(model, # has `run`, `stride`, `multiple`, `whole`, `budget`, `margi
         to[:] = kept[:to.shape[0], :to.shape[1]]
     return out, (h, w)
 
-# %% ../nbs/07_inference.ipynb #07-inference-061
+# %% ../nbs/07_inference.ipynb #07-inference-070
 def _checked(rgb):
     "`rgb`, if it is a picture"
     rgb = np.asarray(rgb)
@@ -577,7 +526,7 @@ def _people(model, rgb, scale):
         d, size = tile_map(model, rgb, at)
     return np.maximum(d, 0), tuple(model.stride*n/k for n, k in zip(rgb.shape[:2], size)), at
 
-# %% ../nbs/07_inference.ipynb #07-inference-062
+# %% ../nbs/07_inference.ipynb #07-inference-072
 def _count(model, rgb, scale):
     "Estimate of a counting model"
     work, step, at = _people(model, rgb, scale)
@@ -607,12 +556,12 @@ def _heat(model, rgb, scale):
     density = regrid(np.maximum(heat, 0)/HEAT, rgb.shape[:2], step, CELL)
     return Estimate(float(density.sum(dtype=np.float64)), density=density, size_hw=rgb.shape[:2], heat=heat)
 
-# %% ../nbs/07_inference.ipynb #07-inference-063
+# %% ../nbs/07_inference.ipynb #07-inference-073
 def _predict(self, rgb, # uint8 (h, w, 3)
              scale=None # factor at which to look at the picture; by the card's rule if None
             )->Estimate:
     "How many people, where and how sure"
-    return {'counting': _count, 'segmentation': _segment, 'autoencoder': _heat}[self.task](self, _checked(rgb), scale)
+    return dict(counting=_count, segmentation=_segment, autoencoder=_heat)[self.task](self, _checked(rgb), scale)
 
 def _predict_many(self, rgbs, # pictures or their files
                   scale=None # as in `predict`
@@ -624,7 +573,7 @@ def _predict_many(self, rgbs, # pictures or their files
 
 Model.predict, Model.predict_many = _predict, _predict_many
 
-# %% ../nbs/07_inference.ipynb #07-inference-073
+# %% ../nbs/07_inference.ipynb #07-inference-083
 def _caption(rgb, text):
     "Write `text` into the upper left corner, in place"
     k = max(rgb.shape[1]/900, .4)
@@ -658,7 +607,7 @@ def says(estimate # what a model says
     if e.count is None: return f'{e.share:.1%} of the picture is people'
     return f'{e.count:.0f} people' + (f' ({e.low:.0f} to {e.high:.0f})' if e.low is not None else '')
 
-# %% ../nbs/07_inference.ipynb #07-inference-078
+# %% ../nbs/07_inference.ipynb #07-inference-088
 def stems(files # paths
          )->list: # a name for each, all different whatever the file system makes of capitals
     "Names for what is made from each file: its own name, with extension, folder or number where two would clash"
@@ -683,7 +632,7 @@ def _counts(names):
     for n in names: out[n] = out.get(n, 0) + 1
     return out
 
-# %% ../nbs/07_inference.ipynb #07-inference-080
+# %% ../nbs/07_inference.ipynb #07-inference-091
 def _write_image(path, image, *options):
     "Write a picture (grey or RGB) whole or not at all"
     ok, data = cv2.imencode(Path(path).suffix, image if image.ndim == 2 else image[..., ::-1], options)
@@ -718,7 +667,7 @@ def predict_files(model, # from `load`
         except (ValueError, OSError) as err: line['error'] = str(err)
         yield line
 
-# %% ../nbs/07_inference.ipynb #07-inference-086
+# %% ../nbs/07_inference.ipynb #07-inference-097
 def _fold_padding(proto):
     "Padding in front of strided convolutions becomes their own, which sides that are multiples of 32 allow"
     g = proto.graph
@@ -741,7 +690,7 @@ def _prune(proto):
         for n in dead: g.node.remove(n)
     for t in [t for t in g.initializer if t.name not in used]: g.initializer.remove(t)
 
-# %% ../nbs/07_inference.ipynb #07-inference-087
+# %% ../nbs/07_inference.ipynb #07-inference-099
 def finish_onnx(path # exported ONNX file
                )->dict: # its card, with the fingerprint of the graph
     "Make an exported model quick (timm's dynamic padding becomes constant) and give its graph a fingerprint; needs the `onnx` package"
@@ -756,10 +705,10 @@ def finish_onnx(path # exported ONNX file
     with atomic(path) as tmp: onnx.save(proto, str(tmp))
     return card
 
-# %% ../nbs/07_inference.ipynb #07-inference-090
+# %% ../nbs/07_inference.ipynb #07-inference-102
 class _Pictures:
     "Feeds pictures to ONNX Runtime's calibration"
-    def __init__(self, model, rgbs): self.todo = iter(rgbs); self.model = model
+    def __init__(self, model, rgbs): self.model, self.todo = model, iter(rgbs)
     def get_next(self):
         rgb = next(self.todo, None)
         if rgb is None: return None
@@ -776,13 +725,13 @@ def quantised(path # ONNX file
     if want != found: raise ModelError(copy, f'a copy of {path.name} (sha256 {str(want)[:12]}…)', f'{str(found)[:12]}…')
     return copy
 
-# %% ../nbs/07_inference.ipynb #07-inference-091
+# %% ../nbs/07_inference.ipynb #07-inference-104
 def quantise(path, # ONNX file
              rgbs, # some pictures of what the model will see, uint8 (h, w, 3)
              out=None # file to write; `NAME.int8.onnx` beside the model if None
             )->Path: # the copy
     "Write a copy that computes in 8 bits, calibrated on pictures; needs the `onnx` package"
-    import logging, onnx
+    import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
     path, log = Path(path), logging.getLogger()
@@ -801,7 +750,7 @@ def quantise(path, # ONNX file
     with atomic(out) as tmp: onnx.save(proto, str(tmp))
     return out
 
-# %% ../nbs/07_inference.ipynb #07-inference-096
+# %% ../nbs/07_inference.ipynb #07-inference-109
 def _cell(v):
     "A value as a table shows it"
     if v is None: return ''
@@ -827,7 +776,7 @@ def _figures(d, depth=3):
         if k not in rows and k not in alone: out += ['#'*depth + f' {k}', _figures(v, min(depth+1, 6))]
     return '\n\n'.join(out)
 
-# %% ../nbs/07_inference.ipynb #07-inference-097
+# %% ../nbs/07_inference.ipynb #07-inference-111
 _NOT_FOR = """- Decide on safety alone. A count is an estimate with an interval; people on the spot, flow, exits and weather count as much.
 - Identify, follow or compare persons: it cannot, it sees heads of a few pixels and keeps none.
 - Count what it was not shown: other than people, from directly above at great height, in thermal or satellite pictures.
@@ -864,7 +813,7 @@ def _said_interval(r):
     return (f"{r['level']:.0%} of the truths shall lie between `low` and `high`; widths from {r['n']} pictures of `tune`, wider for pictures unlike those.\n\n"
             + table(rows))
 
-# %% ../nbs/07_inference.ipynb #07-inference-098
+# %% ../nbs/07_inference.ipynb #07-inference-113
 def write_model_card(path, # `MODEL_CARD.md`
                      models # files of weights, or their names
                     )->Path: # the file
