@@ -237,6 +237,7 @@ class HttpPictures(VideoStream):
         url, login = _login(self.address)
         with httpx.Client(timeout=self.timeout, follow_redirects=True, max_redirects=3, trust_env=False) as web:
             while not self.stopping.is_set():
+                asked = time.monotonic()
                 r = self.ask(web, url, login)
                 try:
                     kind, _, rest = r.headers.get('content-type', '').partition(';')
@@ -248,7 +249,7 @@ class HttpPictures(VideoStream):
                     jpeg = _body(r)
                     yield lambda: decode_rgb(jpeg, self.shown)
                 finally: r.close()
-                self.stopping.wait(max(.02, self.due - time.monotonic()))
+                self.stopping.wait(max(.02, asked + 1/self.camera.rate - time.monotonic()))
         yield from super().pictures()
 
 # %% ../nbs/10_watch.ipynb #10-watch-030

@@ -134,7 +134,7 @@ print('ready', flush=True)
 GLib.MainLoop().run()
 '''
 
-def pattern(size=(160, 120), fps=10, what='videotestsrc is-live=true pattern=ball'):
+def pattern(size=(160, 120), fps=10, what='videotestsrc is-live=true pattern=ball foreground-color=0xff909090 background-color=0xff505050'):
     "What a GStreamer RTSP server plays"
     return (f'( {what} ! videorate ! videoscale ! videoconvert ! video/x-raw,width={size[0]},height={size[1]},framerate={fps}/1,format=I420 '
             f'! x264enc tune=zerolatency speed-preset=ultrafast key-int-max={fps} bitrate=800 ! rtph264pay name=pay0 pt=96 )')
