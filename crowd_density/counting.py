@@ -13,15 +13,12 @@ __all__ = ['SCALES', 'RECIPES', 'FINE', 'conv_norm', 'CountingModel', 'compile_s
 # %% ../nbs/05_counting.ipynb #05-counting-004
 import csv, json, math, platform, shutil, time, warnings
 from copy import deepcopy
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
+import numpy as np, torch, torch.nn.functional as F
 from fastai.callback.core import Callback, CancelEpochException
-from fastai.callback.schedule import ParamScheduler, combined_cos
+from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientClip
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
@@ -29,11 +26,11 @@ from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from torch import nn
 
-from .data import (CrowdData, DataError, atomic, inside, open_data, read_rgb, split_of, training_items)
-from .evaluation import count_scores, localisation_scores
+from .data import (CrowdData, DataError, atomic, inside, open_data, split_of, training_items)
+from .evaluation import count_scores
 from .preprocessing import count_grid
-from .segmentation import LITE_STATS, export_onnx, lite_encoder, load_weights, save_weights
-from .synthetic import EMPTY_KINDS, empty_scene, scene
+from .segmentation import LITE_STATS, export_onnx, lite_encoder, load_weights, read_card, save_weights
+from .synthetic import empty_scene, scene
 
 # %% ../nbs/05_counting.ipynb #05-counting-007
 def conv_norm(ni, # channels in
@@ -113,13 +110,13 @@ def compile_stem(model, # a `CountingModel` frozen to its first tap
     else: model.fast = fast if same else None
     return model
 
-# %% ../nbs/05_counting.ipynb #05-counting-011
+# %% ../nbs/05_counting.ipynb #05-counting-012
 def n_parameters(model # any module
                 )->int: # numbers that training may change
     "Size of a model"
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-# %% ../nbs/05_counting.ipynb #05-counting-014
+# %% ../nbs/05_counting.ipynb #05-counting-015
 def negative_binomial(predicted, # expected counts > 0, any shape
                       true,      # counts, same shape
                       alpha=.05  # over-dispersion: variance = λ + αλ²; 0 is Poisson
@@ -132,7 +129,7 @@ def negative_binomial(predicted, # expected counts > 0, any shape
         best = t*torch.log1p(alpha*t) - torch.xlogy(t, t) + torch.log1p(alpha*t)/alpha
     return loss - best
 
-# %% ../nbs/05_counting.ipynb #05-counting-015
+# %% ../nbs/05_counting.ipynb #05-counting-017
 def block_sums(density, # (n, 1, h, w) people per cell, sides divisible by `k`
                k        # side of a block, cells
               ):        # (n, 1, h/k, w/k) people per block
@@ -153,7 +150,7 @@ class BlockLoss(nn.Module):
         sums.append((pred.sum((1, 2, 3)), targ.sum((1, 2, 3))))
         return sum(negative_binomial(p, t, self.alpha).sum() for p, t in sums)/len(pred)*self.scale
 
-# %% ../nbs/05_counting.ipynb #05-counting-019
+# %% ../nbs/05_counting.ipynb #05-counting-021
 class Atlas:
     "Pictures as uint8 tensors (3, h, w) on `device`, with their head points and what kind each is"
     def __init__(self, device='cpu'): self.device, self.rgbs, self.points, self.kinds, self.names = device, [], [], [], []
@@ -172,7 +169,7 @@ class Atlas:
         for o in (progress(items) if progress else items): self.add(o.rgb(), o.points(), o.part or 'own', o.name)
         return self
 
-# %% ../nbs/05_counting.ipynb #05-counting-020
+# %% ../nbs/05_counting.ipynb #05-counting-023
 def add_scenes(atlas,          # an `Atlas`
                n_scenes=80,    # generated scenes with people
                n_empty=120,    # generated pictures without people
@@ -188,7 +185,7 @@ def add_scenes(atlas,          # an `Atlas`
         atlas.add(s.rgb, s.points_xy, 'empty', f'{s.kind} {seed + i}')
     return atlas
 
-# %% ../nbs/05_counting.ipynb #05-counting-023
+# %% ../nbs/05_counting.ipynb #05-counting-026
 SCALES = dict(A=(.7, 2.), B=(.45, 2.2), scene=(.5, 1.6), empty=(.4, 2.), own=(.5, 2.))
 
 def cut(rgb,       # (3, h, w) uint8 tensor
@@ -205,7 +202,7 @@ def cut(rgb,       # (3, h, w) uint8 tensor
     if side != size: patch = F.interpolate(patch, (size, size), mode='bilinear', antialias=side > size, align_corners=False)
     return patch[0], inside((points_xy - [x, y])*(size/side), (size, size))
 
-# %% ../nbs/05_counting.ipynb #05-counting-028
+# %% ../nbs/05_counting.ipynb #05-counting-031
 def tone(x,   # (n, 3, h, w) in 0..1
          rng  # numpy Generator
         ):    # same shape
@@ -221,7 +218,7 @@ def tone(x,   # (n, 3, h, w) in 0..1
     mean = x.mean((1, 2, 3), keepdim=True)
     return ((x - mean)*draw(.8, 1.2) + mean*draw(.85, 1.15)).clamp(0, 1)
 
-# %% ../nbs/05_counting.ipynb #05-counting-029
+# %% ../nbs/05_counting.ipynb #05-counting-033
 def dct_matrix(n=8 # side of a block, pixels
               )->torch.Tensor: # (n, n) orthonormal
     "Matrix of the discrete cosine transform that JPEG uses"
@@ -242,7 +239,7 @@ def jpeg_like(x,      # (n, 3, h, w) in 0..1, sides divisible by 8
     f = torch.round(f/step)*step
     return (d.T@f@d).transpose(3, 4).reshape(n, c, h, w).clamp(0, 1)
 
-# %% ../nbs/05_counting.ipynb #05-counting-030
+# %% ../nbs/05_counting.ipynb #05-counting-035
 def blur(x,    # (n, 3, h, w)
          sigma # standard deviation, pixels
         ):     # same shape
@@ -266,7 +263,7 @@ def wear(x,  # (n, 3, h, w) in 0..1
     if len(some): x[some] = jpeg_like(x[some], rng.uniform(8, 70, len(some)))
     return x
 
-# %% ../nbs/05_counting.ipynb #05-counting-031
+# %% ../nbs/05_counting.ipynb #05-counting-037
 def cut_outs(x,      # (n, 3, h, w)
              points, # list of (m, 2)
              rng,    # numpy Generator
@@ -282,7 +279,7 @@ def cut_outs(x,      # (n, 3, h, w)
         out[i] = p[~((p[:, 0] >= x0) & (p[:, 0] < x0 + b) & (p[:, 1] >= y) & (p[:, 1] < y + a))]
     return x, out
 
-# %% ../nbs/05_counting.ipynb #05-counting-036
+# %% ../nbs/05_counting.ipynb #05-counting-042
 def targets(points, # list of (m, 2)
             size,   # side of the crops, pixels
             device='cpu'
@@ -326,13 +323,14 @@ class CropLoader(DataLoader):
         rng = np.random.default_rng([self.seed, self.epoch])
         for ids in self.order(rng).reshape(-1, self.bs): yield self.batch(ids, rng)
 
-# %% ../nbs/05_counting.ipynb #05-counting-037
+# %% ../nbs/05_counting.ipynb #05-counting-043
 def normalised(x # (n, 3, h, w) in 0..1
               ): # same shape, with the encoder's statistics
     "Channels as the encoder was trained with"
     mean, std = (torch.tensor(s, dtype=x.dtype, device=x.device).view(1, 3, 1, 1) for s in LITE_STATS)
     return ((x - mean)/std).contiguous(memory_format=torch.channels_last)
 
+# %% ../nbs/05_counting.ipynb #05-counting-045
 class FixedCrops(DataLoader):
     "Undisturbed centre crops for the validation loss of every epoch"
     def __init__(self, atlas, bs=8, size=320):
@@ -344,7 +342,7 @@ class FixedCrops(DataLoader):
             x, p = zip(*[cut(self.atlas.rgbs[i], self.atlas.points[i], self.size, 1., (.5, .5)) for i in ids])
             yield normalised(torch.stack(x)), targets(p, self.size, x[0].device)
 
-# %% ../nbs/05_counting.ipynb #05-counting-041
+# %% ../nbs/05_counting.ipynb #05-counting-049
 class Average(Callback):
     "Keeps an exponential running average of the weights and validates with it"
     order = 5
@@ -365,7 +363,7 @@ class Average(Callback):
     def after_validate(self): self.learn.model = self.trained
     def after_cancel_validate(self): self.after_validate()
 
-# %% ../nbs/05_counting.ipynb #05-counting-042
+# %% ../nbs/05_counting.ipynb #05-counting-051
 def plain_copy(model # a `CountingModel`, perhaps compiled
               )->CountingModel: # a copy that shares nothing with it
     "Copy of a model without its compiled layers"
@@ -378,8 +376,7 @@ class Checkpoint(Callback):
     order = 95
     def __init__(self, path, average, every_s=180): self.path, self.average, self.every_s, self.last = Path(path), average, every_s, time.time()
 
-    def before_epoch(self):
-        self.learn.dls.train.epoch = self.epoch
+    def before_epoch(self): self.learn.dls.train.epoch = self.epoch
 
     def after_epoch(self):
         if self.epoch < self.first_epoch or self.epoch + 1 < self.n_epoch and time.time() - self.last < self.every_s: return
@@ -393,7 +390,7 @@ class Checkpoint(Callback):
         with atomic(self.path) as tmp: torch.save(state, tmp)
         self.last = time.time()
 
-# %% ../nbs/05_counting.ipynb #05-counting-043
+# %% ../nbs/05_counting.ipynb #05-counting-053
 class SkipTo(Callback):
     "Goes on at `epoch` with the schedule as if the earlier epochs had been run here"
     order = 70
@@ -421,17 +418,19 @@ class History(Callback):
         left = (time.time() - self.t0)/self.done*(self.n_epoch - self.epoch - 1)
         if self.report: self.report({**row, 'epochs': self.n_epoch, 'left_s': round(left)})
 
-# %% ../nbs/05_counting.ipynb #05-counting-044
+# %% ../nbs/05_counting.ipynb #05-counting-055
 def crop_mae(pred, targ):
     "Mean absolute error of a crop's count, people"
     return (pred.sum((1, 2, 3)) - targ.sum((1, 2, 3))).abs().mean()
 
+# %% ../nbs/05_counting.ipynb #05-counting-057
 def optimizer(model_params, lr, fused=True, wd=1e-2):
     "AdamW in one fused step a group, as a fastai optimiser"
     return OptimWrapper(model_params, torch.optim.AdamW, lr=lr, weight_decay=wd, fused=fused, betas=(.9, .99))
 
 def halves(model): return [list(model.encoder.parameters()), [p for n, p in model.named_parameters() if not n.startswith('encoder.')]]
 
+# %% ../nbs/05_counting.ipynb #05-counting-059
 def counting_learner(dls,        # `DataLoaders` of a `CropLoader` and a `FixedCrops`
                      model=None, # a `CountingModel`
                      loss=None,  # default `BlockLoss()`
@@ -445,7 +444,7 @@ def counting_learner(dls,        # `DataLoaders` of a `CropLoader` and a `FixedC
     learn.add_cb(GradientClip(1.))
     return learn
 
-# %% ../nbs/05_counting.ipynb #05-counting-047
+# %% ../nbs/05_counting.ipynb #05-counting-062
 @torch.inference_mode()
 def density_of(model, # a `CountingModel` in evaluation mode
                rgb    # (h, w, 3) uint8
@@ -457,7 +456,7 @@ def density_of(model, # a `CountingModel` in evaluation mode
     x = F.pad(normalised(x), (0, -w % m, 0, -h % m))
     return model(x)[0, 0, :-(-h//s), :-(-w//s)].cpu().numpy()
 
-# %% ../nbs/05_counting.ipynb #05-counting-048
+# %% ../nbs/05_counting.ipynb #05-counting-064
 def judge(model,        # a `CountingModel`
           atlas,        # an `Atlas` of whole pictures
           every=1,      # judge every n-th
@@ -474,11 +473,11 @@ def judge(model,        # a `CountingModel`
         out[k] = dict(n=len(t), **count_scores(t, p), constant_mae=float(np.abs(t - t.mean()).mean()))
     return out
 
-# %% ../nbs/05_counting.ipynb #05-counting-051
+# %% ../nbs/05_counting.ipynb #05-counting-067
 RECIPES = dict(
-    trial=dict(judged=12, final=0, size=256, bs=8, alpha=.05, lr=(3e-4, 1e-3), decay=.99, frozen=4, made=(80, 120)),
-    quick=dict(judged=38, final=0, size=256, bs=8, alpha=.05, lr=(3e-4, 1e-3), decay=.998, frozen=4, made=(80, 120)),
-    release=dict(judged=50, final=20, size=320, bs=8, alpha=.05, lr=(3e-4, 1e-3), decay=.999, frozen=4, made=(80, 120)))
+    trial=dict(judged=12, final=0, size=256, bs=8, alpha=.05, lr=(3e-4, 1e-3), decay=.99, frozen=4, made=(80, 120), compiled=False),
+    quick=dict(judged=38, final=0, size=256, bs=8, alpha=.05, lr=(3e-4, 1e-3), decay=.998, frozen=4, made=(80, 120), compiled=True),
+    release=dict(judged=50, final=20, size=320, bs=8, alpha=.05, lr=(3e-4, 1e-3), decay=.999, frozen=4, made=(80, 120), compiled=True))
 
 def flat_cos(lr,       # (encoder, head) rates
              start=.75 # share of the run before the rate falls
@@ -493,19 +492,19 @@ def flat_cos(lr,       # (encoder, head) rates
     fs = [rate(o) for o in lr]
     return ParamScheduler(dict(lr=lambda pos: [f(pos) for f in fs]))
 
-# %% ../nbs/05_counting.ipynb #05-counting-053
+# %% ../nbs/05_counting.ipynb #05-counting-070
 def fit_phase(out,         # folder of the phase: checkpoint, history
               atlas,       # `Atlas` to train on
               tune,        # `Atlas` for the validation loss
               epochs, recipe, # epochs of this phase; a dict as in `RECIPES`
-              seed=0, start=None, resume=False, compiled=False, report=None
+              seed=0, start=None, resume=False, encoder='lite0', report=None
              )->CountingModel: # the averaged model
     "Train one phase of a recipe, from the state dict `start` or from ImageNet"
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     dls = DataLoaders(CropLoader(atlas, recipe['bs'], recipe['size'], seed), FixedCrops(tune, recipe['bs'], recipe['size']), device=torch.device(atlas.device))
-    learn = counting_learner(dls, loss=BlockLoss(recipe['alpha']), path=out)
+    learn = counting_learner(dls, CountingModel(encoder), BlockLoss(recipe['alpha']), out)
     if start is not None: learn.model.load_state_dict(start)
     learn.model.freeze_to(recipe['frozen'])
     average, file, epoch = Average(recipe['decay']), out/'checkpoint.pth', 0
@@ -513,13 +512,13 @@ def fit_phase(out,         # folder of the phase: checkpoint, history
     average.model = plain_copy(learn.model)
     if resume and file.exists(): epoch = restore(learn, average, file)
     elif (out/'history.csv').exists(): (out/'history.csv').unlink()
-    if compiled: compile_stem(learn.model, dls.train.one_batch()[0])
+    if recipe['compiled']: compile_stem(learn.model, dls.train.one_batch()[0])
     if epoch < epochs:
         with learn.no_bar(), learn.no_logging():
             learn.fit(epochs, cbs=[flat_cos(recipe['lr']), average, SkipTo(epoch), Checkpoint(file, average), History(out/'history.csv', report)])
     return average.model.eval()
 
-# %% ../nbs/05_counting.ipynb #05-counting-054
+# %% ../nbs/05_counting.ipynb #05-counting-071
 def restore(learn, average, file # `checkpoint.pth` of the same recipe
            )->int: # epochs that are done
     "Put a learner and its average back where the checkpoint left them"
@@ -531,7 +530,7 @@ def restore(learn, average, file # `checkpoint.pth` of the same recipe
     average.n = s['steps']
     return s['epoch']
 
-# %% ../nbs/05_counting.ipynb #05-counting-060
+# %% ../nbs/05_counting.ipynb #05-counting-078
 def fit_gain(rows,       # (name, kind, true, predicted) of pictures that were not trained on
              lo=.85, hi=1.2 # bounds
             )->float:    # factor for the predicted counts
@@ -540,7 +539,7 @@ def fit_gain(rows,       # (name, kind, true, predicted) of pictures that were n
     def error(c): return sum(np.abs(c*p - t).mean()/max(t.mean(), 1) for t, p in parts)
     return float(min(np.linspace(lo, hi, 351), key=error))
 
-# %% ../nbs/05_counting.ipynb #05-counting-061
+# %% ../nbs/05_counting.ipynb #05-counting-080
 def reported(scores # what `judge` returns
             )->dict: # the same without the rows, rounded
     "Figures for a card"
@@ -561,7 +560,7 @@ def save_counting(model, out, card):
     export_onnx(model, Path(out)/'model.onnx', {k: v for k, v in card.items() if k != 'sha256'}, outputs=('density',))
     return card
 
-# %% ../nbs/05_counting.ipynb #05-counting-062
+# %% ../nbs/05_counting.ipynb #05-counting-082
 def settled(out,    # folder of the run
             recipe, # a dict, or a name in `RECIPES`
             resume, # go on with what is there?
@@ -574,24 +573,25 @@ def settled(out,    # folder of the run
     run = json.loads(json.dumps(dict(name=name, recipe=recipe, **more)))
     if resume and file.exists():
         was = json.loads(file.read_text())
-        same = [{k: v for k, v in r['recipe'].items() if k not in ('judged', 'final')} | {'seed': r.get('seed')} for r in (was, run)]
+        same = [{k: v for k, v in r['recipe'].items() if k not in ('judged', 'final')} | {k: r.get(k) for k in ('seed', 'encoder')} for r in (was, run)]
         if same[0] != same[1]: raise DataError(file, f'the recipe {same[1]} to go on with', f'{same[0]}')
     with atomic(file) as tmp: tmp.write_text(json.dumps(run))
     return recipe
 
-# %% ../nbs/05_counting.ipynb #05-counting-063
+# %% ../nbs/05_counting.ipynb #05-counting-084
 def train_counting(data,            # folder of a data set, or a `CrowdData`
                    out,             # folder of the run
                    recipe='quick',  # a name in `RECIPES`, or a dict
                    epochs=None,     # of the judged phase; the recipe's if None
                    resume=False,    # go on where a killed run stopped
-                   seed=0, device=None, compiled=False, exclude=True, report=None, progress=None
+                   encoder='lite0', # 'lite0', 'lite1' or 'lite2'
+                   seed=0, device=None, exclude=True, report=None, progress=None
                   )->dict:          # the card, with figures on `tune` and `valid`
     "Train a counting model; leaves `model.safetensors` and `model.onnx` in `out`"
     out, device = Path(out), device or ('cuda' if torch.cuda.is_available() else 'cpu')
     data = open_data(data) if not isinstance(data, CrowdData) else data
     out.mkdir(parents=True, exist_ok=True)
-    name, r = (recipe if isinstance(recipe, str) else 'own'), settled(out, recipe, resume, seed=seed)
+    name, r = (recipe if isinstance(recipe, str) else 'own'), settled(out, recipe, resume, seed=seed, encoder=encoder or 'lite0')
     if epochs: r['judged'] = epochs
     def atlas(*splits, train=True):
         a = Atlas(device)
@@ -599,11 +599,11 @@ def train_counting(data,            # folder of a data set, or a `CrowdData`
         return a
     train, tune = atlas('train'), atlas('tune', train=False)
     if not len(train) or not len(tune): raise DataError(data.root, 'pictures to train on and to tune on', f'{len(train)} and {len(tune)}')
-    model = fit_phase(out/'judged', add_scenes(train, *r['made'], seed), tune, r['judged'], r, seed, resume=resume, compiled=compiled, report=report)
-    return finish(model, out, data, tune, atlas, r, name, seed, resume, compiled, report, progress)
+    model = fit_phase(out/'judged', add_scenes(train, *r['made'], seed), tune, r['judged'], r, seed, None, resume, encoder or 'lite0', report)
+    return finish(model, out, data, tune, atlas, r, name, seed, resume, encoder or 'lite0', report, progress)
 
-# %% ../nbs/05_counting.ipynb #05-counting-064
-def finish(model, out, data, tune, atlas, r, name, seed, resume, compiled, report, progress):
+# %% ../nbs/05_counting.ipynb #05-counting-085
+def finish(model, out, data, tune, atlas, r, name, seed, resume, encoder, report, progress):
     "Gain from `tune`, figures of `valid`, then the final phase on everything, and the files"
     before = judge(model, tune, progress=progress)
     gain = fit_gain(before['rows'])
@@ -611,19 +611,19 @@ def finish(model, out, data, tune, atlas, r, name, seed, resume, compiled, repor
     valid = atlas('valid', train=False)
     figures = dict(tune=reported(judge(model, tune)), valid=reported(judge(model, valid, progress=progress)))
     text = f'{data.layout}: {len(data)} pictures'
-    card = save_counting(model, out/'judged', counting_card(r, name, seed, text, figures, gain=gain))
+    card = save_counting(model, out/'judged', counting_card(r, name, seed, text, figures, encoder, gain=gain))
     if r['final']:
         model.gain.fill_(1.)
         everything = atlas('train', 'tune', 'valid')
         lower = {**r, 'lr': [v/2 for v in r['lr']]}
-        model = fit_phase(out/'final', add_scenes(everything, *r['made'], seed), tune, r['final'], lower, seed + 1, model.state_dict(), resume, compiled, report)
+        model = fit_phase(out/'final', add_scenes(everything, *r['made'], seed), tune, r['final'], lower, seed + 1, model.state_dict(), resume, encoder, report)
         model.gain.fill_(gain)
         card = save_counting(model, out, {**card, 'split': 'all training pictures; figures are those of the judged phase, trained on train alone'})
     else:
         for f in ('model.safetensors', 'model.onnx'): shutil.copy(out/'judged'/f, out/f)
     return card
 
-# %% ../nbs/05_counting.ipynb #05-counting-066
+# %% ../nbs/05_counting.ipynb #05-counting-087
 def mixed(old,  # state dict
           new,  # state dict
           share # of the new one, 0..1
@@ -631,8 +631,8 @@ def mixed(old,  # state dict
     "Weights between two models of one origin"
     return {k: torch.lerp(v.float(), new[k].float(), share) if v.is_floating_point() else new[k] for k, v in old.items()}
 
-# %% ../nbs/05_counting.ipynb #05-counting-067
-FINE = dict(judged=20, final=0, size=256, bs=8, alpha=.05, lr=(0., 3e-4), decay=.98, frozen=9, made=(30, 30))
+# %% ../nbs/05_counting.ipynb #05-counting-089
+FINE = dict(judged=20, final=0, size=256, bs=8, alpha=.05, lr=(0., 3e-4), decay=.98, frozen=9, made=(30, 30), compiled=False)
 
 def fine_tune(weights,      # `.safetensors` of a counting model
               data,         # folder or `CrowdData` with annotated pictures of one's own
@@ -643,17 +643,17 @@ def fine_tune(weights,      # `.safetensors` of a counting model
              )->dict:       # the card; `figures` holds `before` and `after` on the kept pictures
     "Adapt a counting model to one's own pictures without forgetting"
     data, rehearse = (open_data(o) if isinstance(o, (str, Path)) else o for o in (data, rehearse))
-    model = CountingModel(pretrained=False)
+    model = CountingModel(read_card(weights).get('encoder', 'lite0'), pretrained=False)
     old, card = load_weights(weights, model)
     train, tune, valid = [Atlas().add_items(split_of(data, o, seed)) for o in ('train', 'tune', 'valid')]
     if not all(map(len, (train, tune, valid))): raise DataError(data.root, 'at least five pictures that differ', f'{len(data)}')
     before = judge(model.eval(), valid)
     for o in (rehearse or ()): train.add(o.rgb(), o.points(), o.part or 'own', o.name)
     r = {**FINE, 'judged': epochs, 'name': 'fine-tune'}
-    new = fit_phase(Path(out)/'fine', add_scenes(train, *made, seed), tune, epochs, r, seed, old, resume, report=report).state_dict()
+    new = fit_phase(Path(out)/'fine', add_scenes(train, *made, seed), tune, epochs, r, seed, old, resume, card.get('encoder', 'lite0'), report).state_dict()
     return best_mixture(model, old, new, tune, valid, before, out, card, r, seed)
 
-# %% ../nbs/05_counting.ipynb #05-counting-068
+# %% ../nbs/05_counting.ipynb #05-counting-091
 def best_mixture(model, old, new, tune, valid, before, out, card, recipe, seed):
     "Choose the share of the new weights on `tune`, report `valid`, save"
     def error(share):
