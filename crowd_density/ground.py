@@ -21,6 +21,8 @@ from typing import Literal
 from urllib.parse import parse_qs, quote, urlsplit
 
 import numpy as np, shapely, tomlkit
+try: import tomllib
+except ImportError: import tomli as tomllib # Python 3.10
 from fastcore.basics import patch
 from PIL import Image, ImageDraw
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
@@ -268,9 +270,9 @@ def from_horizon(cls:Ground, horizon_px, # (2, 2) two points of the horizon, pix
         known = [(p[0], fov_deg), (p[1]-np.log(camera_height_m or 1), camera_height_m)]
         return np.append(np.log(np.linalg.norm(g[:, 0]-g[:, 1], axis=1)/metres), [20*v for v, given in known if given])
     fit = least_squares(off, [0., np.log(camera_height_m or 5)], bounds=([-2, -2], [3, 6]))
-    s = np.linalg.svd(fit.jac, compute_uv=False)
-    if s[-1] < .05*s[0]: raise GroundError('calibration', 'a length across and one away from the camera',
-                                           'lengths that leave the focal length open')
+    loose = np.linalg.cond(fit.jac) > 1e6 or np.linalg.inv(fit.jac.T@fit.jac).diagonal().max() > 10**2
+    if loose: raise GroundError('calibration', 'a length across and one away from the camera',
+                                'lengths that leave the focal length open')
     height = float(np.exp(fit.x[1]))
     res = float(np.abs(np.exp(off(fit.x)[:len(metres)])-1).max())
     if res > .1: raise GroundError('calibration', 'lengths that agree within 10 %', f'{100*res:.0f} %')
@@ -566,7 +568,7 @@ def parse_site(text, # TOML
     lines = locate(text)
     try: site = Site.model_validate(_plain(tomlkit.parse(text)))
     except tomlkit.exceptions.TOMLKitError as e:
-        at = getattr(e, 'line', None)
+        at = getattr(e, 'line', None) or _bad_line(text)
         found = scrub(re.sub(r' at line \d+.*', '', str(e)))
         raise SiteError(f'{name} line {at}' if at else name, 'TOML', found) from None
     except ValidationError as e: wrong = [_complaint(x) for x in e.errors()]
@@ -575,6 +577,11 @@ def parse_site(text, # TOML
     told = [(_where(name, lines, loc), want, got) for loc, want, got in wrong]
     more = ''.join(f'\n{at}: expected {want}, found {got}' for at, want, got in told[1:6])
     raise SiteError(told[0][0], told[0][1], f'{told[0][2]}{more}')
+
+def _bad_line(text):
+    "The line that the standard library's parser stumbles over"
+    try: tomllib.loads(text)
+    except ValueError as e: return next(iter(re.findall(r'at line (\d+)', str(e))), None)
 
 def _plain(doc):
     "Plain dicts of a TOML document; a device number becomes a text"
@@ -635,21 +642,37 @@ def _known_area(ground, polygon, size_hw, cells, cell):
     area = seen.reshape(shape[0], k, shape[1], k).sum((1, 3))*(step/k)**2
     return area*(polygon.area*known/max(area.sum(), 1e-9)), float(known)
 
+def _quads(ground, size_hw, cell, ij):
+    "Cells (n, 2) of a map as polygons on the ground, metres, where heads are seen in them"
+    corners = np.minimum((ij[:, None]+[[0, 0], [0, 1], [1, 1], [1, 0]])*cell, size_hw)
+    return shapely.polygons(ground.to_ground(corners[..., ::-1], ground.head_m))
+
+def _shares(ground, polygon, size_hw, cells, cell):
+    "What of each cell stands where in the zone: cell numbers, places (n, 2), parts of the cell's people"
+    ij = np.argwhere(np.isfinite(cells))
+    quads = _quads(ground, size_hw, cell, ij)
+    cut = shapely.intersection(quads, polygon)
+    part = shapely.area(cut)/np.maximum(shapely.area(quads), 1e-12)
+    ij, cut, part = (a[part > 1e-9] for a in (ij, cut, part))
+    xy, inside = (a[ij[:, 0], ij[:, 1]] for a in _samples(size_hw, cell))
+    at, weight = ground.to_ground(xy, ground.head_m), np.where(inside, _sample_areas(ground, xy, ground.head_m), 0)
+    weight = np.where(shapely.contains_xy(polygon, at[..., 0], at[..., 1]), weight, 0)
+    lone = weight.sum(1) <= 0 # cut so thin that no point fell into it
+    at[lone], weight[lone] = shapely.get_coordinates(shapely.centroid(cut[lone]))[:, None], 1
+    weight *= (part/weight.sum(1))[:, None]
+    number = np.repeat(ij@[cells.shape[1], 1], xy.shape[1]).reshape(weight.shape)
+    return number[weight > 0], at[weight > 0], weight[weight > 0]
+
 def _plan(camera, zone, size_hw, cell):
     "Work out how `zone` is measured on maps of this size"
     ground = camera.ground.at(size_hw)
     polygon, cells = zone_polygon(zone, ground), ground.cell_area(size_hw, cell)
     corner, step, shape = _raster(polygon)
     area, known = _known_area(ground, polygon, size_hw, cells, cell)
-    xy, inside = _samples(size_hw, cell)
-    use = np.isfinite(cells)
-    share = inside/np.maximum(inside.sum(-1, keepdims=True), 1)
-    where = ground.to_ground(xy[use], ground.head_m).reshape(-1, 2)
-    column, share = np.repeat(np.flatnonzero(use), xy.shape[2]), share[use].ravel()
-    hit = (share > 0) & shapely.contains_xy(polygon, where[:, 0], where[:, 1])
-    col, row = np.minimum(((where[hit]-corner)/step).astype(int), [shape[1]-1, shape[0]-1]).T
-    people = csr_matrix((share[hit], (row*shape[1]+col, column[hit])), (shape[0]*shape[1], cells.size))
-    return _Plan(people, area, float(area.sum()), known, round(PATCH_M/step), float(share[hit].sum()/cells.size))
+    number, at, part = _shares(ground, polygon, size_hw, cells, cell)
+    col, row = np.clip(((at-corner)/step).astype(int), 0, [shape[1]-1, shape[0]-1]).T
+    people = csr_matrix((part, (row*shape[1]+col, number)), (shape[0]*shape[1], cells.size))
+    return _Plan(people, area, float(area.sum()), known, round(PATCH_M/step), float(part.sum()/cells.size))
 
 # %% ../nbs/08_ground.ipynb #08-ground-076
 def _window_sums(a, n):
@@ -659,9 +682,9 @@ def _window_sums(a, n):
     return s[n:, n:]-s[:-n, n:]-s[n:, :-n]+s[:-n, :-n]
 
 def _worst_patch(people, plan):
-    "Highest density of the windows of `PATCH_M` x `PATCH_M` that lie at least half in the zone, people per m²"
+    "Highest density of the windows of `PATCH_M` x `PATCH_M` that lie three quarters in the zone, people per m²"
     n, area = _window_sums(people, plan.window), _window_sums(plan.raster_m2, plan.window)
-    enough = area >= min(PATCH_M**2/2, .99*area.max())
+    enough = area >= min(.75*PATCH_M**2, .99*area.max())
     return float((n[enough]/area[enough]).max())
 
 @dataclass(frozen=True)

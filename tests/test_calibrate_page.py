@@ -1,4 +1,4 @@
-"The calibrate page: its server by plain requests, and the page itself driven in headless Chromium on a generated picture"
+"The calibrate page: its server by plain requests, and the page driven in headless Chromium on a generated picture"
 import http.client, json, os, re, shutil, threading, time
 from urllib.parse import urlsplit
 
@@ -44,7 +44,8 @@ def corners(c):
 
 # the server
 
-@pytest.mark.parametrize('method, path', [('GET', '/'), ('GET', '/image'), ('GET', '/start'), ('GET', '/none'), ('POST', '/solve'), ('POST', '/save'), ('POST', '/close')])
+@pytest.mark.parametrize('method, path', [('GET', '/'), ('GET', '/image'), ('GET', '/start'), ('GET', '/none'),
+                                          ('POST', '/solve'), ('POST', '/save'), ('POST', '/close')])
 def test_nothing_without_the_token(server, method, path):
     assert ask(server, method, path, {}, token='')[0] == 403
     assert ask(server, method, path, {}, token='wrong')[0] == 403
@@ -58,11 +59,13 @@ def test_page_needs_no_other_host(server):
     text = body.decode()
     assert status == 200
     assert set(re.findall(r'https?://[^\s"\'`]+', text)) <= {'http://www.w3.org/2000/svg'}
-    assert "default-src 'none'" in headers['Content-Security-Policy'] and 'unsafe' not in headers['Content-Security-Policy']
+    policy = headers['Content-Security-Policy']
+    assert "default-src 'none'" in policy and 'unsafe' not in policy
     assert '__NONCE__' not in text and server.token not in text
     assert headers['Cache-Control'] == 'no-store'
 
-@pytest.mark.parametrize('body, status', [(b'{', 400), (b'[]', 400), (b'{"points": 3}', 400), (b'{"points": [["a", 1]]}', 400), (b'\xff', 400), ({}, 200), ({'points': [[1, 2]]}, 200)])
+@pytest.mark.parametrize('body, status', [(b'{', 400), (b'[]', 400), (b'{"points": 3}', 400), (b'\xff', 400), ({}, 200),
+                                          (b'{"points": [["a", 1]]}', 400), ({'points': [[1, 2]]}, 200)])
 def test_odd_bodies(server, body, status):
     got = ask(server, 'POST', '/solve', body)
     assert got[0] == status and 'error' in json.loads(got[2])
@@ -79,13 +82,15 @@ def test_bodies_of_no_fit_length(server, length):
 
 def test_save_refuses_what_read_site_would(server, shot):
     px, sides = corners(shot[0])
-    d = dict(method='rectangle', points=px.tolist(), sides_m=sides, name='gate', zones=[dict(name='a', polygon_px=[[10, 400], [200, 470], [200, 400], [10, 470]])])
+    crossing = dict(name='a', polygon_px=[[10, 400], [200, 470], [200, 400], [10, 470]])
+    d = dict(method='rectangle', points=px.tolist(), sides_m=sides, name='gate', zones=[crossing])
     status, _, body = ask(server, 'POST', '/save', d)
     assert status == 422 and 'polygon_px' in json.loads(body)['error'] and not server.site.exists()
 
 def test_save_keeps_other_cameras_and_comments(server, shot):
     px, sides = corners(shot[0])
-    d = dict(method='rectangle', points=px.tolist(), sides_m=sides, camera_height_m=6., name='gate', source='rtsp://u:${GATE_PW}@h/1', zones=[])
+    d = dict(method='rectangle', points=px.tolist(), sides_m=sides, camera_height_m=6., name='gate',
+             source='rtsp://u:${GATE_PW}@h/1', zones=[])
     assert ask(server, 'POST', '/save', d)[0] == 200
     server.site.write_text('# ours\n' + server.site.read_text().replace('name = "gate"', 'name = "gate" # north'))
     assert ask(server, 'POST', '/save', dict(d, name='yard', source='yard.mp4'))[0] == 200
@@ -103,12 +108,13 @@ def test_from_tables(shot, tmp_path, capsys):
     m = [(0, 0), (a, 0), (a, b), (0, b)]
     (tmp_path/'points.csv').write_text('x,y,x_m,y_m\n' + ''.join(f'{x},{y},{u},{v}\n' for (x, y), (u, v) in zip(px, m)))
     (tmp_path/'zones.csv').write_text('zone,x,y\n' + ''.join(f'stage,{x},{y}\n' for x, y in px))
-    assert calibrate(path, tmp_path/'site.toml', points=tmp_path/'points.csv', zones=tmp_path/'zones.csv', name='gate', camera_height_m=c.view.height_m) == 0
+    site, points, zones = (tmp_path/n for n in ('site.toml', 'points.csv', 'zones.csv'))
+    assert calibrate(path, site, points=points, zones=zones, name='gate', camera_height_m=c.view.height_m) == 0
     camera = read_site(tmp_path/'site.toml').camera('gate')
     np.testing.assert_allclose(camera.ground.to_ground(px), m, atol=1e-3)
     assert camera.zones[0].name == 'stage' and os.path.samefile(camera.address(), path)
     (tmp_path/'points.csv').write_text('x,y\n1,2\n')
-    with pytest.raises(ValueError, match='x,y,x_m,y_m'): calibrate(path, tmp_path/'site.toml', points=tmp_path/'points.csv')
+    with pytest.raises(ValueError, match='x,y,x_m,y_m'): calibrate(path, site, points=points)
 
 # the page, driven
 
@@ -116,11 +122,12 @@ def test_from_tables(shot, tmp_path, capsys):
 def browser(tmp_path_factory):
     webdriver = pytest.importorskip('selenium.webdriver', reason='selenium is not installed')
     chromium, driver = (shutil.which(n) for n in ('chromium', 'chromedriver'))
-    if not chromium or not driver: pytest.skip('chromium and chromedriver (Debian: chromium, chromium-driver) are not installed')
+    if not chromium or not driver: pytest.skip('chromium or chromedriver is not installed (Debian: chromium-driver)')
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for flag in ('headless', 'no-sandbox', 'disable-gpu', 'disable-background-networking', 'disable-component-update', 'disable-sync', 'no-first-run',
-                 'disable-dev-shm-usage', 'window-size=1400,1000', f'user-data-dir={tmp_path_factory.mktemp("chromium")}'): options.add_argument(f'--{flag}')
+    for flag in ('headless', 'no-sandbox', 'disable-gpu', 'disable-background-networking', 'disable-component-update',
+                 'disable-sync', 'no-first-run', 'disable-dev-shm-usage', 'window-size=1400,1000',
+                 f'user-data-dir={tmp_path_factory.mktemp("chromium")}'): options.add_argument(f'--{flag}')
     options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
     b = webdriver.Chrome(options, webdriver.ChromeService(driver))
     b.implicitly_wait(5)
@@ -136,7 +143,8 @@ def click(b, xy):
     "Click the picture at pixel `xy`"
     from selenium.webdriver import ActionChains
     stage = b.find_element('id', 'stage')
-    box = b.execute_script('const r = arguments[0].getBoundingClientRect(), v = arguments[0].viewBox.baseVal; return [r.width, r.height, v.width, v.height]', stage)
+    box = b.execute_script('const e = arguments[0], r = e.getBoundingClientRect(), v = e.viewBox.baseVal;'
+                           'return [r.width, r.height, v.width, v.height]', stage)
     dx, dy = ((p+.5)*box[i]/box[2+i] - box[i]/2 for i, p in enumerate(xy))
     ActionChains(b, 0).move_to_element_with_offset(stage, round(dx), round(dy)).click().perform()
 
@@ -191,11 +199,12 @@ def test_four_clicks_lengths_a_zone_save(browser, server, shot):
     b.find_element('id', 'save').click()
     until(lambda: 'Saved' in status(b), 'saving')
     camera = read_site(server.site).camera('gate')
-    g, true = camera.ground, Ground.fit(px, [(0, 0), (side_a, 0), (side_a, side_b), (0, side_b)], camera_height_m=c.view.height_m, size_hw=(480, 640))
+    g, true = camera.ground, Ground.from_rectangle(px, (side_a, side_b), size_hw=(480, 640))
     assert np.abs(g.to_ground(px)-true.to_ground(px)).max() < .15
     assert g.camera_height_m == round(c.view.height_m, 2) and g.size_hw == (480, 640)
     assert camera.zones[0].name == 'stage' and np.abs(np.array(camera.zones[0].polygon_px)-zone).max() < 1.2
-    assert camera.zones[0].levels.busy.enter == 1.5 and camera.zones[0].levels.busy.leave == 1.2 and camera.zones[0].levels.critical.enter == 5
+    levels = camera.zones[0].levels
+    assert (levels.busy.enter, levels.busy.leave, levels.critical.enter) == (1.5, 1.2, 5)
     assert not errors(b)
     b.find_element('id', 'close').click()
     until(lambda: 'Closed' in status(b), 'closing')
@@ -222,7 +231,8 @@ def test_wrong_order_is_said_and_a_corner_is_moved_by_keys(browser, server, shot
 def test_a_saved_camera_comes_back(browser, server, shot):
     b, (c, path) = browser, shot
     px, sides = corners(c)
-    d = dict(method='rectangle', points=px.tolist(), sides_m=sides, camera_height_m=6.5, name='gate', zones=[dict(name='stage', polygon_px=px.tolist())])
+    d = dict(method='rectangle', points=px.tolist(), sides_m=sides, camera_height_m=6.5, name='gate',
+             zones=[dict(name='stage', polygon_px=px.tolist())])
     assert ask(server, 'POST', '/save', d)[0] == 200
     with CalibrateServer(path, server.site) as s:
         threading.Thread(target=s.serve_forever, args=(.02,), daemon=True).start()

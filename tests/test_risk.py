@@ -10,6 +10,7 @@ from crowd_density.ground import Level, Levels, Reading, parse_site
 from crowd_density.risk import LEVELS, RAISED, UNKNOWN, Event, ZoneRisk, default_levels, in_words, iso, level_of, slope
 
 STALE, COOL, SOURCE = 5., 60., 10.
+ROOT = __file__.rsplit('/', 2)[0]
 rank = ('unknown', *LEVELS).index
 
 def reading(t, d, reason=None, wide=.1):
@@ -259,8 +260,8 @@ def test_same_ids_in_another_process():
         r = ZoneRisk('gate', 'square')
         print([e.id for t in range(20) for e in r.step(Reading('gate', 'square', t, 6., 5., 7., 8., 90.))])"""
     def run(seed):
-        return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=__file__.rsplit('/', 2)[0],
-                              env=dict(os.environ, PYTHONHASHSEED=seed)).stdout
+        env = dict(os.environ, PYTHONHASHSEED=seed)
+        return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, env=env).stdout
     a, b = run('1'), run('2')
     assert a == b and len(a) > 20
 
