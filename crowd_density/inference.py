@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['OUTPUTS', 'HEAT', 'CELL', 'LEVEL', 'FEATURES', 'PROVIDERS', 'MARGIN', 'BUDGET', 'ModelError', 'update_card',
            'model_path', 'tiles', 'regrid', 'Estimate', 'fit_interval', 'interval', 'features', 'unlike', 'fit_like',
-           'working_scale', 'better_scale', 'Model', 'load', 'tile_map', 'overlay', 'says', 'stems', 'save_views',
-           'predict_files', 'finish_onnx', 'quantised', 'quantise', 'table', 'model_card', 'write_model_card']
+           'crowding', 'working_scale', 'finer_scale', 'choose_scale', 'fit_scale', 'Model', 'load', 'tile_map',
+           'overlay', 'says', 'stems', 'save_views', 'predict_files', 'finish_onnx', 'quantised', 'quantise', 'table',
+           'model_card', 'write_model_card']
 
 # %% ../nbs/07_inference.ipynb #07-inference-005
 import hashlib, json, logging, os, struct, tempfile, time
@@ -407,22 +408,75 @@ def fit_like(x # (n, f) features of known pictures
     return dict(mean=mean.round(5).tolist(), inverse=inverse.round(5).tolist(), far=float(far), names=list(FEATURES[:x.shape[1]]))
 
 # %% ../nbs/07_inference.ipynb #07-inference-060
+def crowding(density # people per cell
+            )->float: # people in the cell of the average person
+    "How crowded it is around the average person"
+    return float((density.astype(np.float64)**2).sum() / max(float(density.sum()), 1e-6))
+
 def working_scale(rule, # part of a card: `area` (pixels), `most` (factor)
                   size_hw # `(height, width)` of the picture
                  )->float: # factor
     "The scale at which a picture is first looked at"
     if not rule: return 1.
     s = (rule['area']/(size_hw[0]*size_hw[1]))**.5
-    return 1. if abs(np.log(s)) < rule.get('keep', .1) else min(s, rule.get('most', 2.))
+    return 1. if abs(np.log(s)) < .02 else min(s, rule['most'])
 
-def better_scale(rule, # part of a card
-                 density, # people per cell at `scale`
-                 scale # at which the picture was looked at
-                ): # factor or None
-    "A finer scale if heads are too small to be seen at this one"
-    return None
+def finer_scale(rule, # part of a card
+                density, # people per cell of the first look
+                scale, # of the first look
+               ): # factor, or None where the first look will do
+    "The scale of the second look at a dense picture"
+    finer = (rule or {}).get('finer')
+    if not finer or crowding(density) <= finer['crowding']: return None
+    at = min(scale*(finer['area']/rule['area'])**.5, rule['most'])
+    return at if at > 1.05*scale else None
 
 # %% ../nbs/07_inference.ipynb #07-inference-063
+def _rule_error(rows, area, finer=None):
+    "Relative error over parts and sizes, and megapixels a picture, of a rule"
+    parts = {}
+    for r in rows:
+        dense = finer and r['crowding'][area] > finer['crowding']
+        parts.setdefault((r['part'], r['size']), []).append((r['true'], r['counts'][finer['area'] if dense else area], area + (finer['area'] if dense else 0)))
+    tables = [np.array(v, float).T for v in parts.values()]
+    return np.mean([np.abs(t-p).mean()/max(t.mean(), 1) for t, p, _ in tables]), np.mean([a.mean()/1e6 for *_, a in tables])
+
+def choose_scale(rows, # dicts: `part`, `size`, `true`, and by area `counts` and `crowding`
+                 most=2., # largest enlargement
+                 worth=.03 # relative gain that a further megapixel must bring
+                )->dict: # for the card
+    "The rule that counts best"
+    areas = sorted(rows[0]['counts'])
+    rules = [(a, None) for a in areas]
+    for a in areas:
+        cuts = np.quantile([r['crowding'][a] for r in rows], (.5, .6, .7, .8, .9))
+        rules += [(a, dict(crowding=float(c), area=b)) for c in cuts for b in areas if b > a]
+    def cost(rule):
+        error, mp = _rule_error(rows, *rule)
+        return error*(1 + worth*mp)
+    area, finer = min(rules, key=cost)
+    error, mp = _rule_error(rows, area, finer)
+    return dict(area=area, most=most, finer=finer, error=round(float(error), 4), megapixels=round(float(mp), 3), n=len(rows))
+
+def fit_scale(model, # counting model
+              items, # of `tune`: with `part`, `rgb()` and `count()`
+              areas=(600000, 786432, 1050000, 1400000), # pixels
+              sizes=(.5, 1, 2), # at which the pictures arrive
+              most=2., progress=None
+             )->dict: # for the card's `scale`
+    "Measure what looking at different scales gives, and choose"
+    rows = []
+    for item in progress(items, 'scales') if progress else items:
+        rgb, true = item.rgb(), item.count()
+        for k in sizes:
+            x = rgb if k == 1 else cv2.resize(rgb, None, fx=k, fy=k, interpolation=cv2.INTER_AREA if k < 1 else cv2.INTER_CUBIC)
+            if min(x.shape[:2]) < 32: continue
+            e = {a: model.predict(x, working_scale(dict(area=a, most=most), x.shape[:2])) for a in areas}
+            rows.append(dict(part=item.part, size=k, true=true, counts={a: v.count for a, v in e.items()},
+                             crowding={a: crowding(v.work[0]) for a, v in e.items()}))
+    return choose_scale(rows, most)
+
+# %% ../nbs/07_inference.ipynb #07-inference-068
 PROVIDERS = dict(cpu='CPUExecutionProvider', cuda='CUDAExecutionProvider', openvino='OpenVINOExecutionProvider')
 
 def _session(path, threads=None, providers=None):
@@ -437,7 +491,7 @@ def _session(path, threads=None, providers=None):
     try: return ort.InferenceSession(str(path), o, providers=wanted)
     except Exception as e: raise ModelError(path, 'a graph that ONNX Runtime can run', str(e).splitlines()[0][:200]) from None
 
-# %% ../nbs/07_inference.ipynb #07-inference-065
+# %% ../nbs/07_inference.ipynb #07-inference-070
 MARGIN = {'counting': 128, 'segmentation': 64} # pixels that a tile sees beyond what it is asked about
 BUDGET = {'counting': 2**20, 'segmentation': 2**18} # pixels of a tile, where a picture does not go through a model in one piece
 
@@ -477,7 +531,7 @@ class Model:
             x[0, c] -= self.mean[c]/self.std[c]
         return x
 
-# %% ../nbs/07_inference.ipynb #07-inference-067
+# %% ../nbs/07_inference.ipynb #07-inference-072
 def load(name='counting', # 'counting', 'segmentation', a `.onnx` or `.safetensors` file, or the folder of a run
          threads=None, # of the processor; all that this process may use if None
          providers=None, # 'cpu', 'cuda', 'openvino' or ONNX Runtime's own names
@@ -487,7 +541,7 @@ def load(name='counting', # 'counting', 'segmentation', a `.onnx` or `.safetenso
     path = model_path(name)
     return Model(quantised(path) if int8 else path, threads, providers)
 
-# %% ../nbs/07_inference.ipynb #07-inference-069
+# %% ../nbs/07_inference.ipynb #07-inference-074
 def tile_map(model, # has `run`, `stride`, `multiple`, `whole`, `budget`, `margin`
              rgb, # uint8 (h, w, 3)
              scale=1., # factor at which the picture is looked at
@@ -508,7 +562,7 @@ def tile_map(model, # has `run`, `stride`, `multiple`, `whole`, `budget`, `margi
         to[:] = kept[:to.shape[0], :to.shape[1]]
     return out, (h, w)
 
-# %% ../nbs/07_inference.ipynb #07-inference-070
+# %% ../nbs/07_inference.ipynb #07-inference-075
 def _checked(rgb):
     "`rgb`, if it is a picture"
     rgb = np.asarray(rgb)
@@ -521,12 +575,12 @@ def _people(model, rgb, scale):
     rule = model.card.get('scale') if scale is None else None
     at = working_scale(rule, rgb.shape[:2]) if scale is None else float(scale)
     d, size = tile_map(model, rgb, at)
-    if rule and (finer := better_scale(rule, d, at)):
+    if finer := finer_scale(rule, d, at):
         at = finer
         d, size = tile_map(model, rgb, at)
     return np.maximum(d, 0), tuple(model.stride*n/k for n, k in zip(rgb.shape[:2], size)), at
 
-# %% ../nbs/07_inference.ipynb #07-inference-072
+# %% ../nbs/07_inference.ipynb #07-inference-077
 def _count(model, rgb, scale):
     "Estimate of a counting model"
     work, step, at = _people(model, rgb, scale)
@@ -556,7 +610,7 @@ def _heat(model, rgb, scale):
     density = regrid(np.maximum(heat, 0)/HEAT, rgb.shape[:2], step, CELL)
     return Estimate(float(density.sum(dtype=np.float64)), density=density, size_hw=rgb.shape[:2], heat=heat)
 
-# %% ../nbs/07_inference.ipynb #07-inference-073
+# %% ../nbs/07_inference.ipynb #07-inference-078
 def _predict(self, rgb, # uint8 (h, w, 3)
              scale=None # factor at which to look at the picture; by the card's rule if None
             )->Estimate:
@@ -573,7 +627,7 @@ def _predict_many(self, rgbs, # pictures or their files
 
 Model.predict, Model.predict_many = _predict, _predict_many
 
-# %% ../nbs/07_inference.ipynb #07-inference-083
+# %% ../nbs/07_inference.ipynb #07-inference-088
 def _caption(rgb, text):
     "Write `text` into the upper left corner, in place"
     k = max(rgb.shape[1]/900, .4)
@@ -607,7 +661,7 @@ def says(estimate # what a model says
     if e.count is None: return f'{e.share:.1%} of the picture is people'
     return f'{e.count:.0f} people' + (f' ({e.low:.0f} to {e.high:.0f})' if e.low is not None else '')
 
-# %% ../nbs/07_inference.ipynb #07-inference-088
+# %% ../nbs/07_inference.ipynb #07-inference-093
 def stems(files # paths
          )->list: # a name for each, all different whatever the file system makes of capitals
     "Names for what is made from each file: its own name, with extension, folder or number where two would clash"
@@ -632,7 +686,7 @@ def _counts(names):
     for n in names: out[n] = out.get(n, 0) + 1
     return out
 
-# %% ../nbs/07_inference.ipynb #07-inference-091
+# %% ../nbs/07_inference.ipynb #07-inference-096
 def _write_image(path, image, *options):
     "Write a picture (grey or RGB) whole or not at all"
     ok, data = cv2.imencode(Path(path).suffix, image if image.ndim == 2 else image[..., ::-1], options)
@@ -667,7 +721,7 @@ def predict_files(model, # from `load`
         except (ValueError, OSError) as err: line['error'] = str(err)
         yield line
 
-# %% ../nbs/07_inference.ipynb #07-inference-097
+# %% ../nbs/07_inference.ipynb #07-inference-102
 def _fold_padding(proto):
     "Padding in front of strided convolutions becomes their own, which sides that are multiples of 32 allow"
     g = proto.graph
@@ -690,7 +744,7 @@ def _prune(proto):
         for n in dead: g.node.remove(n)
     for t in [t for t in g.initializer if t.name not in used]: g.initializer.remove(t)
 
-# %% ../nbs/07_inference.ipynb #07-inference-099
+# %% ../nbs/07_inference.ipynb #07-inference-104
 def finish_onnx(path # exported ONNX file
                )->dict: # its card, with the fingerprint of the graph
     "Make an exported model quick (timm's dynamic padding becomes constant) and give its graph a fingerprint; needs the `onnx` package"
@@ -705,7 +759,7 @@ def finish_onnx(path # exported ONNX file
     with atomic(path) as tmp: onnx.save(proto, str(tmp))
     return card
 
-# %% ../nbs/07_inference.ipynb #07-inference-102
+# %% ../nbs/07_inference.ipynb #07-inference-107
 class _Pictures:
     "Feeds pictures to ONNX Runtime's calibration"
     def __init__(self, model, rgbs): self.model, self.todo = model, iter(rgbs)
@@ -725,7 +779,7 @@ def quantised(path # ONNX file
     if want != found: raise ModelError(copy, f'a copy of {path.name} (sha256 {str(want)[:12]}…)', f'{str(found)[:12]}…')
     return copy
 
-# %% ../nbs/07_inference.ipynb #07-inference-104
+# %% ../nbs/07_inference.ipynb #07-inference-109
 def quantise(path, # ONNX file
              rgbs, # some pictures of what the model will see, uint8 (h, w, 3)
              out=None # file to write; `NAME.int8.onnx` beside the model if None
@@ -750,7 +804,7 @@ def quantise(path, # ONNX file
     with atomic(out) as tmp: onnx.save(proto, str(tmp))
     return out
 
-# %% ../nbs/07_inference.ipynb #07-inference-109
+# %% ../nbs/07_inference.ipynb #07-inference-114
 def _cell(v):
     "A value as a table shows it"
     if v is None: return ''
@@ -776,7 +830,7 @@ def _figures(d, depth=3):
         if k not in rows and k not in alone: out += ['#'*depth + f' {k}', _figures(v, min(depth+1, 6))]
     return '\n\n'.join(out)
 
-# %% ../nbs/07_inference.ipynb #07-inference-111
+# %% ../nbs/07_inference.ipynb #07-inference-116
 _NOT_FOR = """- Decide on safety alone. A count is an estimate with an interval; people on the spot, flow, exits and weather count as much.
 - Identify, follow or compare persons: it cannot, it sees heads of a few pixels and keeps none.
 - Count what it was not shown: other than people, from directly above at great height, in thermal or satellite pictures.
@@ -813,7 +867,7 @@ def _said_interval(r):
     return (f"{r['level']:.0%} of the truths shall lie between `low` and `high`; widths from {r['n']} pictures of `tune`, wider for pictures unlike those.\n\n"
             + table(rows))
 
-# %% ../nbs/07_inference.ipynb #07-inference-113
+# %% ../nbs/07_inference.ipynb #07-inference-118
 def write_model_card(path, # `MODEL_CARD.md`
                      models # files of weights, or their names
                     )->Path: # the file

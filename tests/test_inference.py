@@ -321,8 +321,41 @@ def test_predict_gives_the_interval(tmp_path):
 def test_working_scale(h, w):
     rule = dict(area=800000, most=2.)
     s = working_scale(rule, (h, w))
-    assert 0 < s <= 2 and (s == 2 or s == 1 or abs(s*s*h*w/800000 - 1) < 1e-6)
+    assert 0 < s <= 2 and (s == 2 or s == 1 or abs(s*s*h*w/800000 - 1) < 1e-6) and (s != 1 or abs(h*w/800000 - 1) < .05)
     assert working_scale(None, (h, w)) == working_scale({}, (h, w)) == 1
+
+def scale_rows(best, n=40, seed=0):
+    "Pictures that are counted right at the area `best`, too low elsewhere"
+    r = np.random.default_rng(seed)
+    areas = 500000, 1000000, 2000000
+    return [dict(part='A', size=1, true=float(t), counts={a: t*(1 - .3*abs(np.log(a/best))) for a in areas}, crowding=dict.fromkeys(areas, t/500))
+            for t in r.integers(5, 999, n)]
+
+@pytest.mark.parametrize('best', [500000, 1000000, 2000000])
+def test_choose_scale(best):
+    rule = json.loads(json.dumps(inf.choose_scale(scale_rows(best))))
+    assert rule['area'] == best and rule['finer'] is None and rule['error'] < 1e-9
+
+def test_finer_look_only_where_it_is_crowded(tmp_path):
+    path = toy(tmp_path/'a.onnx')
+    update_card(path, scale=dict(area=160*224, most=2., finer=dict(crowding=.3, area=4*160*224)))
+    m = load(path)
+    pale, dark = np.full((160, 224, 3), 110, np.uint8), np.zeros((160, 224, 3), np.uint8)
+    assert inf.crowding(m.predict(pale, 1).density) < .3 < inf.crowding(m.predict(dark, 1).density)
+    assert (m.predict(pale).scale, m.predict(dark).scale, m.predict(dark, scale=1).scale) == (1, 2, 1)
+    half = np.ascontiguousarray(dark[::2, ::2])
+    assert m.predict(half).scale == 2 # no more than `most`
+
+class Thing:
+    "An item of a data set"
+    part = 'A'
+    def __init__(self, seed): self.seed = seed
+    def rgb(self): return picture(96, 128, self.seed)
+    def count(self): return 10 + self.seed
+
+def test_fit_scale(model):
+    rule = inf.fit_scale(model, [Thing(s) for s in range(6)], areas=(96*128, 2*96*128), sizes=(.5, 1))
+    assert rule['n'] == 12 and rule['area'] in (96*128, 2*96*128) and json.dumps(rule)
 
 # Other tasks
 @pytest.mark.parametrize('h,w', [(32, 32), (77, 130), (300, 401)])
