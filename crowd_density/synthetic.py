@@ -113,7 +113,7 @@ def _figure(rnd, facing=None, tall=None, calm=False):
         head=rnd.gauss(1, .05)*(.92 if child else 1),
         facing=rnd.uniform(-math.pi, math.pi) if facing is None else facing + rnd.gauss(0, .45),
         stride=rnd.uniform(-1, 1)*(.3 if calm else 1), skin=_tint(rnd, pick(_SKIN[:4] if rnd.random() < .8 else _SKIN)),
-        hair=_tint(rnd, pick(_HAIR[:4] if rnd.random() < .65 else _HAIR)), style=style, glasses=rnd.random() < .2,
+        hair=_tint(rnd, pick(_HAIR[:3] if rnd.random() < .75 else _HAIR)), style=style, glasses=rnd.random() < .2,
         beard=not woman and not child and rnd.random() < .15, hat=hat, hat_colour=_tint(rnd, hat_colour),
         top=_tint(rnd, pick(_CLOTH if rnd.random() < .6 else _PLAIN)), second=_tint(rnd, pick(_CLOTH)),
         pattern=pick(('',)*5 + ('open', 'open', 'stripes', 'print', 'check')), sleeve=pick((.35, .4, 1, 1, 1)),
@@ -277,8 +277,9 @@ def _clouds(rng, size_hw, coarse=4, octaves=5, wrap=0):
 
 @functools.lru_cache(1)
 def _folds():
-    "A fixed texture about 1, float32 (512, 512)"
-    return 1 + .09*_clouds(np.random.default_rng(7), (512, 512), 24, 3)
+    "A fixed texture about 1, float32 (512, 512): folds and grain"
+    rng = np.random.default_rng(7)
+    return 1 + .08*_clouds(rng, (512, 512), 24, 3) + .08*rng.standard_normal((512, 512), np.float32)
 
 def _shade(rgba, px_m, light, crowd, row, f):
     "Light from one side, dark rims, folds; darker towards the feet, more so in a `crowd`; the head is in `row`"
@@ -1032,7 +1033,7 @@ def clip(seconds=120.,      # length
     leave = rng.permutation(_moments(n, .52*seconds, .72*seconds)) - out[:, 1]/speed
     far = away+deep/2+rng.uniform(1.5, 9, m)
     passers = np.stack([rng.uniform(-15, 15, m), far, rng.choice((-1, 1), m)*rng.uniform(.8, 1.4, m)], 1)
-    view = View(height, math.atan2(height-1.1, away+.6), min(w*1.05, h*1.4), (h, w))
+    view = View(height, math.atan2(height-1.1, away+.6), min(w*1., h*1.3), (h, w))
     return Clip(seconds, peak, seed, fps, view, zone, slots, ways, arrive, leave, speed, passers)
 
 # %% ../nbs/01_synthetic.ipynb #01-synthetic-088
