@@ -103,11 +103,11 @@ def game_of_map(true_xy,    # (n, 2) true heads `(x, y)`, pixels
     "Grid average mean error of one picture, from a density map"
     n, d = 2**level, np.asarray(density)
     if d.ndim != 2 or stride and any(c*stride < s for c, s in zip(d.shape, size_hw)):
-        raise DataError('density', f'a map (h, w) that covers {tuple(size_hw)} pixels', f'shape {d.shape}, stride {stride}')
+        raise DataError('density', f'a map (h, w) that covers {size_hw} pixels', f'shape {d.shape}, stride {stride}')
     edges = [_borders(c, n, s, stride) for c, s in zip(d.shape, size_hw)]
     return float(np.abs(_cells(true_xy, size_hw, n) - area_sums(d, *edges)).sum())
 
-# %% ../nbs/06_evaluation.ipynb #06-evaluatio-024
+# %% ../nbs/06_evaluation.ipynb #06-evaluatio-025
 def matched(true_xy,      # (n, 2) true heads `(x, y)`, pixels
             predicted_xy, # (m, 2) predicted heads, pixels
             sigma         # greatest distance of a pair, pixels
@@ -121,7 +121,7 @@ def matched(true_xy,      # (n, 2) true heads `(x, y)`, pixels
     graph = csr_array((np.ones(len(columns), np.int8), columns, starts), shape=(len(t), len(p)))
     return int((maximum_bipartite_matching(graph, perm_type='column') >= 0).sum())
 
-# %% ../nbs/06_evaluation.ipynb #06-evaluatio-026
+# %% ../nbs/06_evaluation.ipynb #06-evaluatio-028
 def localisation_scores(true_list,      # for each picture (n, 2) true heads `(x, y)`, pixels
                         predicted_list, # for each picture (m, 2) predicted heads, pixels
                         sigma           # greatest distance of a pair, pixels
@@ -134,10 +134,11 @@ def localisation_scores(true_list,      # for each picture (n, 2) true heads `(x
     if not n and not m: return dict.fromkeys(('precision', 'recall', 'f1'), math.nan)
     return dict(precision=ratio(tp, m), recall=ratio(tp, n), f1=ratio(2*tp, n + m))
 
-# %% ../nbs/06_evaluation.ipynb #06-evaluatio-029
+# %% ../nbs/06_evaluation.ipynb #06-evaluatio-031
 def _class_scores(tp, fp, fn):
     "Precision, recall, F1 and support of one class"
-    return dict(precision=ratio(tp, tp + fp), recall=ratio(tp, tp + fn), f1=ratio(2*tp, 2*tp + fp + fn), support=int(tp + fn))
+    f1 = ratio(2*tp, 2*tp + fp + fn)
+    return dict(precision=ratio(tp, tp + fp), recall=ratio(tp, tp + fn), f1=f1, support=int(tp + fn))
 
 def pixel_table(tp, # human pixels called human
                 fp, # background called human
@@ -151,19 +152,20 @@ def pixel_table(tp, # human pixels called human
     weighted = {k: ratio(human[k]*human['support'] + background[k]*background['support'], n) for k in keys}
     return dict(human=human, background=background, accuracy=ratio(tp + tn, n), macro=macro, weighted=weighted)
 
-# %% ../nbs/06_evaluation.ipynb #06-evaluatio-032
+# %% ../nbs/06_evaluation.ipynb #06-evaluatio-036
 def _checked_prob(true_mask, human_prob):
     "Flat bool truth and float32 probabilities of one picture, of one shape, all between 0 and 1"
     t, p = np.asarray(true_mask), np.asarray(human_prob)
     if t.shape != p.shape: raise DataError('probabilities', f'the shape of the mask, {t.shape}', p.shape)
     t, p = t.reshape(-1).astype(bool), p.reshape(-1).astype(np.float32)
     if not len(p): raise DataError('probabilities', 'at least one pixel', 'none')
-    if not (p.min() >= 0 and p.max() <= 1): raise DataError('probabilities', 'numbers from 0 to 1', f'{p.min()} to {p.max()}')
+    low, high = p.min(), p.max()
+    if not (low >= 0 and high <= 1): raise DataError('probabilities', 'numbers from 0 to 1', f'{low} to {high}')
     return t, p
 
 BINS = 1024 # steps of probability: thresholds that are multiples of 1/1024 are exact
 
-# %% ../nbs/06_evaluation.ipynb #06-evaluatio-033
+# %% ../nbs/06_evaluation.ipynb #06-evaluatio-037
 class PixelScores:
     "Pixels of many pictures, pooled, one picture at a time: scores at any threshold from one pass"
     def __init__(self,
@@ -172,7 +174,9 @@ class PixelScores:
                 ):
         self.threshold, self.calibration = float(threshold), calibration
         self.counts = np.zeros((2, BINS + 1), np.int64)  # background and human pixels by probability
-        self.cells, self.shares, self.groups = [], [], [] # for each picture: (tp, fp, fn, tn), (true, soft, hard), its group
+        self.cells = []  # of each picture: (tp, fp, fn, tn)
+        self.shares = [] # of each picture: true, soft (mean probability), hard (of the thresholded mask)
+        self.groups = [] # of each picture
 
     def add(self, true_mask, human_prob, group=None):
         "Take in a picture: (h, w) bool, (h, w) probabilities or bool, and what it belongs to for `bootstrap`"
@@ -208,7 +212,7 @@ class PixelScores:
         s = share_scores(true, apply_share(soft, self.calibration), hard)
         return d | dict(density_r2=s['r2'], density_r2_hard=s['r2_hard'], density_corr2=s['corr2'])
 
-# %% ../nbs/06_evaluation.ipynb #06-evaluatio-035
+# %% ../nbs/06_evaluation.ipynb #06-evaluatio-039
 def share_scores(true,      # (n,) true share of each picture, 0 to 1
                  predicted, # (n,) predicted share: calibrated mean probability
                  hard=None  # (n,) share of the thresholded mask
@@ -219,6 +223,7 @@ def share_scores(true,      # (n,) true share of each picture, 0 to 1
     d = dict(r2=r2(t, p), corr2=float(np.corrcoef(t, p)[0, 1]**2) if varied else math.nan)
     return d if hard is None else d | dict(r2_hard=r2(*_two(true, hard, 'shares')))
 
+# %% ../nbs/06_evaluation.ipynb #06-evaluatio-041
 def calibrate_share(true,     # (n,) true shares of training pictures
                     predicted # (n,) their mean human probabilities
                    )->dict:   # slope, intercept: goes into the weights' card as `share`
@@ -228,6 +233,7 @@ def calibrate_share(true,     # (n,) true shares of training pictures
     slope = ((p - p.mean())*(t - t.mean())).sum() / ((p - p.mean())**2).sum()
     return dict(slope=float(slope), intercept=float(t.mean() - slope*p.mean()))
 
+# %% ../nbs/06_evaluation.ipynb #06-evaluatio-043
 def apply_share(predicted,       # mean human probabilities
                 calibration=None # `dict(slope, intercept)`, or None
                )->np.ndarray:    # shares, 0 to 1
@@ -235,7 +241,7 @@ def apply_share(predicted,       # mean human probabilities
     c = calibration or dict(slope=1., intercept=0.)
     return np.clip(c['slope']*np.asarray(predicted, np.float64) + c['intercept'], 0, 1)
 
-# %% ../nbs/06_evaluation.ipynb #06-evaluatio-041
+# %% ../nbs/06_evaluation.ipynb #06-evaluatio-052
 def _middle(values):
     "Index in the middle of the first run of greatest values"
     top = np.flatnonzero(values >= values.max() - 1e-12)
@@ -247,7 +253,8 @@ def choose_threshold(scores,            # one `PixelScores`, or a dict or list o
                      min_recall=.80     # goal in every part
                     )->float:           # a multiple of 1/1024
     "One threshold for all parts: most room above both goals where they can be met, else the best F1 of the worst part"
-    parts = list(scores.values()) if isinstance(scores, dict) else scores if isinstance(scores, (list, tuple)) else [scores]
+    if isinstance(scores, PixelScores): scores = [scores]
+    parts = list(scores.values() if isinstance(scores, dict) else scores)
     if not parts or not all(o.counts[1].any() for o in parts):
         raise DataError('threshold', 'human pixels in every part', 'a part without any')
     curves = [o.curve() for o in parts]
@@ -255,7 +262,7 @@ def choose_threshold(scores,            # one `PixelScores`, or a dict or list o
     room = np.minimum(precision - min_precision, recall - min_recall)
     return float(curves[0][0][_middle(room if room.max() >= 0 else f1)])
 
-# %% ../nbs/06_evaluation.ipynb #06-evaluatio-044
+# %% ../nbs/06_evaluation.ipynb #06-evaluatio-056
 def pixel_baselines(scores # `PixelScores`
                    )->dict: # all_background, all_human: the keys of `table`
     "What the two constant maps score on the same pixels; as a share, the best constant has R² 0"
@@ -265,7 +272,7 @@ def pixel_baselines(scores # `PixelScores`
     return dict(all_background=pixel_table(0, 0, tp + fn, fp + tn) | same | dict(density_r2_hard=r2(true, 0*true)),
                 all_human=pixel_table(tp + fn, fp + tn, 0, 0) | same | dict(density_r2_hard=r2(true, 0*true + 1)))
 
-# %% ../nbs/06_evaluation.ipynb #06-evaluatio-049
+# %% ../nbs/06_evaluation.ipynb #06-evaluatio-061
 class HeatmapScores:
     "MAE, MSE and MSPE per pixel over many heatmaps, one or a batch at a time"
     def __init__(self): self.n, self.abs, self.sq, self.true_abs, self.true_sq = 0, 0., 0., 0., 0.
@@ -275,24 +282,26 @@ class HeatmapScores:
         t, p = (np.asarray(o, np.float64) for o in (true, predicted))
         if t.shape != p.shape: raise DataError('heatmap', f'the shape of the target, {t.shape}', p.shape)
         if not np.isfinite(p).all(): raise DataError('heatmap', 'finite values', 'NaN or infinity')
-        self.n, e = self.n + t.size, p - t
+        e, self.n = p - t, self.n + t.size
         self.abs, self.sq = self.abs + np.abs(e).sum(), self.sq + (e**2).sum()
         self.true_abs, self.true_sq = self.true_abs + np.abs(t).sum(), self.true_sq + (t**2).sum()
         return self
 
     def _of(self, a, s):
-        return dict(mae=quotient(a, self.n), mse=quotient(s, self.n), mspe=quotient(s, self.true_sq), mae_ratio=quotient(a, self.true_abs))
+        mae, mse = quotient(a, self.n), quotient(s, self.n)
+        return dict(mae=mae, mse=mse, mspe=quotient(s, self.true_sq), mae_ratio=quotient(a, self.true_abs))
 
     def scores(self): return self._of(self.abs, self.sq)          # mae, mse, mspe, mae_ratio
     def zero(self): return self._of(self.true_abs, self.true_sq)  # the same of the all-zero map, on the same pixels
 
+# %% ../nbs/06_evaluation.ipynb #06-evaluatio-063
 def heatmap_scores(true,     # heatmaps, any shape
                    predicted # the same shape
                   )->dict:   # mae, mse in heat (squared); mspe, mae_ratio without unit
     "Scores of experiment 1 per pixel"
     return HeatmapScores().add(true, predicted).scores()
 
-# %% ../nbs/06_evaluation.ipynb #06-evaluatio-052
+# %% ../nbs/06_evaluation.ipynb #06-evaluatio-067
 def bootstrap(values,   # (n, …) one row for each picture
               groups,   # (n,) group of each picture: pictures of one place are drawn together
               stat,     # from rows to a number
@@ -307,12 +316,12 @@ def bootstrap(values,   # (n, …) one row for each picture
     names = {g: i for i, g in enumerate(dict.fromkeys(groups))}
     index = np.array([names[g] for g in groups])
     rows = [np.flatnonzero(index == i) for i in range(len(names))]
-    found = [stat(values[np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])]) for _ in range(n)]
-    found = np.array(found, np.float64)
+    draw = lambda: np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])
+    found = np.array([stat(values[draw()]) for _ in range(n)], np.float64)
     if np.isnan(found).all(): return math.nan, math.nan
     return tuple(float(o) for o in np.nanquantile(found, [(1 - level)/2, (1 + level)/2]))
 
-# %% ../nbs/06_evaluation.ipynb #06-evaluatio-055
+# %% ../nbs/06_evaluation.ipynb #06-evaluatio-070
 def _figure(rows=1, cols=1, size=(3.6, 3), **kwargs):
     "A Figure that draws itself, and its axes (rows, cols)"
     fig = Figure(figsize=(size[0]*cols, size[1]*rows), layout='constrained')
@@ -327,7 +336,7 @@ def png(fig,   # matplotlib `Figure`
     fig.savefig(b, format='png', dpi=dpi)
     return b.getvalue()
 
-# %% ../nbs/06_evaluation.ipynb #06-evaluatio-057
+# %% ../nbs/06_evaluation.ipynb #06-evaluatio-072
 def scatter(true, predicted,
             what='people', # the quantity, with its unit
             low=None,      # (n,) lower ends of intervals
@@ -344,7 +353,7 @@ def scatter(true, predicted,
     ax.set(xlabel=f'true {what}', ylabel=f'predicted {what}', title=f'n = {len(t)}, R² = {r2(t, p):.3f}')
     return fig
 
-# %% ../nbs/06_evaluation.ipynb #06-evaluatio-061
+# %% ../nbs/06_evaluation.ipynb #06-evaluatio-076
 def residuals(true, predicted,
               what='people' # the quantity, with its unit
              )->Figure:
@@ -353,24 +362,26 @@ def residuals(true, predicted,
     fig, ((ax,),) = _figure()
     ax.axhline(0, color='.6', lw=1, ls='--')
     ax.scatter(t, p - t, s=10, alpha=.7, lw=0)
-    if len(t): ax.axhline((p - t).mean(), color='C1', lw=1, label=f'bias {(p - t).mean():+.3g}'); ax.legend(fontsize=8)
+    if len(t):
+        ax.axhline((p - t).mean(), color='C1', lw=1, label=f'bias {(p - t).mean():+.3g}')
+        ax.legend(fontsize=8)
     ax.set(xlabel=f'true {what}', ylabel=f'predicted - true {what}')
     return fig
 
-# %% ../nbs/06_evaluation.ipynb #06-evaluatio-064
+# %% ../nbs/06_evaluation.ipynb #06-evaluatio-079
 def curves(history,    # dict of name -> one value for each epoch
            best=None,  # the epoch that was kept, counted from 0
            what='loss' # what the values are, with unit
           )->Figure:
     "Losses over epochs"
     fig, ((ax,),) = _figure()
-    for name, values in history.items(): ax.plot(np.arange(len(values)), np.asarray(values, np.float64), label=name, marker='.', ms=3)
+    for name, values in history.items(): ax.plot(np.asarray(values, np.float64), label=name, marker='.', ms=3)
     if best is not None: ax.axvline(best, color='.5', lw=1, ls=':', label=f'kept: epoch {best}')
     ax.set(xlabel='epoch', ylabel=what)
     if history or best is not None: ax.legend(fontsize=8)
     return fig
 
-# %% ../nbs/06_evaluation.ipynb #06-evaluatio-067
+# %% ../nbs/06_evaluation.ipynb #06-evaluatio-082
 def pr_curve(scores,        # `PixelScores`, or a dict of them by name
              threshold=None # the chosen one; None: each one's own
             )->Figure:
@@ -388,28 +399,32 @@ def pr_curve(scores,        # `PixelScores`, or a dict of them by name
     ax.legend(fontsize=8, loc='lower left')
     return fig
 
-# %% ../nbs/06_evaluation.ipynb #06-evaluatio-070
+# %% ../nbs/06_evaluation.ipynb #06-evaluatio-085
+def _show(ax, o, top=None):
+    "A map with colours from 0 to `top`, or a picture, without ticks; what a colour bar belongs to"
+    ax.set(xticks=[], yticks=[])
+    if np.ndim(o) == 3: return ax.imshow(o)
+    return ax.imshow(np.asarray(o, np.float32), cmap='magma', vmin=0, vmax=top)
+
 def triptych(rows,  # list of rows; a row is a list of (h, w) maps or (h, w, 3) pictures
              titles=('target', 'prediction', 'original'), # one for each column
              what='', # unit of the maps
              captions=None # one text for each row
             )->Figure:
     "Pictures and maps in rows and columns; the maps of a row share one colour scale"
-    if not rows or any(len(r) != len(titles) for r in rows): raise DataError('triptych', f'rows of {len(titles)}', [len(r) for r in rows])
+    if not rows or any(len(r) != len(titles) for r in rows):
+        raise DataError('triptych', f'rows of {len(titles)}', f'rows of {[len(r) for r in rows]}')
     fig, axes = _figure(len(rows), len(titles), (2.4, 2))
     for row, line, caption in zip(rows, axes, captions or ['']*len(rows)):
-        maps = [np.asarray(o, np.float32) for o in row if np.ndim(o) == 2]
-        top = max((float(o.max()) for o in maps), default=1) or 1
-        for o, ax in zip(row, line):
-            im = ax.imshow(np.asarray(o, np.float32) if np.ndim(o) == 2 else o, **(dict(cmap='magma', vmin=0, vmax=top) if np.ndim(o) == 2 else {}))
-            ax.set(xticks=[], yticks=[])
-            if np.ndim(o) == 2: last = im, ax
-        if maps and what: fig.colorbar(last[0], ax=last[1], shrink=.8, label=what)
-        line[0].set_ylabel(caption, fontsize=8)
+        maps = [i for i, o in enumerate(row) if np.ndim(o) == 2]
+        top = max((float(np.max(row[i])) for i in maps), default=1) or 1
+        shown = [_show(ax, o, top) for ax, o in zip(line, row)]
+        if maps and what: fig.colorbar(shown[maps[-1]], ax=line[maps[-1]], shrink=.8, label=what)
+        line[0].set_ylabel(caption, fontsize=8, parse_math=False)
     for ax, title in zip(axes[0], titles): ax.set_title(title, fontsize=9)
     return fig
 
-# %% ../nbs/06_evaluation.ipynb #06-evaluatio-074
+# %% ../nbs/06_evaluation.ipynb #06-evaluatio-089
 def worst_best(true, predicted,
                picture,      # from an index to (h, w, 3) uint8 or (h, w)
                names=None,   # (n,) captions
@@ -423,7 +438,8 @@ def worst_best(true, predicted,
     fig, axes = _figure(2, n, (2.4, 2.1))
     for line, chosen, word in zip(axes, (order[:n], order[::-1][:n]), ('worst', 'best')):
         for i, ax in zip(chosen, line):
-            ax.imshow(picture(int(i)), cmap='gray'); ax.set(xticks=[], yticks=[])
-            ax.set_title(f'{names[i] if names is not None else i}: {p[i]:.3g} for {t[i]:.3g}', fontsize=8)
+            _show(ax, picture(int(i)))
+            name = i if names is None else names[i]
+            ax.set_title(f'{name}: {p[i]:.3g} for {t[i]:.3g}', fontsize=8, parse_math=False)
         line[0].set_ylabel(f'{word} ({what})', fontsize=8)
     return fig

@@ -7,10 +7,11 @@ __all__ = ['HEAT', 'count_grid', 'density', 'head_sigmas', 'adaptive_density', '
            'Pair', 'heatmap_path', 'mask_path', 'get_heatmap', 'get_mask', 'OutputError', 'read_pairs', 'Failure',
            'prepare']
 
-# %% ../nbs/02_preprocessing.ipynb #02-preproces-004
+# %% ../nbs/02_preprocessing.ipynb #02-preproces-005
 import csv, hashlib, io, json, os, shutil, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +20,15 @@ from PIL.PngImagePlugin import PngInfo
 from scipy.sparse import csr_array
 from scipy.spatial import cKDTree
 
-from .data import DataError, atomic, inside, open_data
+from .data import DataError, inside, open_data
 
-# %% ../nbs/02_preprocessing.ipynb #02-preproces-006
+# %% ../nbs/02_preprocessing.ipynb #02-preproces-007
 try: import cv2
 except ImportError as e:
-    raise ImportError(f'{e}. OpenCV needs system libraries that slim images lack: `apt-get install libgl1 libglib2.0-0`, '
-                      'or install `opencv-python-headless` instead of `opencv-python`') from e
+    raise ImportError(f'{e}. OpenCV needs system libraries that slim images lack: `apt-get install libgl1 '
+                      'libglib2.0-0`, or install `opencv-python-headless` instead of `opencv-python`') from e
 
-# %% ../nbs/02_preprocessing.ipynb #02-preproces-010
+# %% ../nbs/02_preprocessing.ipynb #02-preproces-011
 def count_grid(points_xy, # (n, 2) head positions `(x, y)`, pixels
                size_hw,   # `(height, width)` of the picture, pixels
                stride     # side of a cell, pixels
@@ -40,7 +41,7 @@ def count_grid(points_xy, # (n, 2) head positions `(x, y)`, pixels
     np.add.at(grid, (y, x), 1)
     return grid
 
-# %% ../nbs/02_preprocessing.ipynb #02-preproces-017
+# %% ../nbs/02_preprocessing.ipynb #02-preproces-018
 def _checked_sigma(sigma):
     "A usable standard deviation, or a `ValueError`"
     if not (np.isfinite(sigma) and sigma > 0): raise ValueError(f'sigma: expected more than 0 pixels, found {sigma}')
@@ -52,21 +53,22 @@ def density(points_xy, # (n, 2) head positions `(x, y)`, pixels
            )->np.ndarray: # (h, w) float32 people per pixel; sums to the number of points inside the picture
     "Density map of `points_xy` by a Gaussian filter that loses nobody at the border"
     side = 2*int(4*_checked_sigma(sigma) + .5) + 1
-    return cv2.GaussianBlur(count_grid(points_xy, size_hw, 1), (side, side), sigma, borderType=cv2.BORDER_REFLECT)
+    heads = count_grid(points_xy, size_hw, 1)
+    return cv2.GaussianBlur(heads, (side, side), sigma, borderType=cv2.BORDER_REFLECT)
 
-# %% ../nbs/02_preprocessing.ipynb #02-preproces-025
+# %% ../nbs/02_preprocessing.ipynb #02-preproces-027
 def head_sigmas(points_xy, # (n, 2) head positions `(x, y)`, pixels
                 k=3,       # how many nearest heads to look at
                 beta=.3,   # sigma as a part of their mean distance
                 bounds=(1, 30) # least and greatest sigma, pixels; a head without neighbours gets the greatest
                )->np.ndarray: # (n,) pixels
-    "Geometry-adaptive standard deviations: `beta` times the mean distance to the `k` nearest heads (Zhang et al. 2016)"
+    "Geometry-adaptive standard deviations: `beta` times the mean distance to the `k` nearest heads"
     p = np.asarray(points_xy, np.float64).reshape(-1, 2)
     if len(p) < 2: return np.full(len(p), float(bounds[1]))
     distances = cKDTree(p).query(p, k=min(k, len(p) - 1) + 1)[0][:, 1:]
     return np.clip(beta*distances.mean(1), *bounds)
 
-# %% ../nbs/02_preprocessing.ipynb #02-preproces-027
+# %% ../nbs/02_preprocessing.ipynb #02-preproces-030
 def _bumps(at, sigmas, n):
     "(heads, n) Gaussians around the pixels `at`, folded back at both ends; each row sums to 1"
     centre, x = np.floor(at)[:, None] + .5, np.arange(n)[None] + .5
@@ -83,7 +85,7 @@ def adaptive_density(points_xy, # (n, 2) head positions `(x, y)`, pixels
     s = head_sigmas(p, k, beta)
     return (_bumps(p[:, 1], s, h).T @ _bumps(p[:, 0], s, w)).astype(np.float32)
 
-# %% ../nbs/02_preprocessing.ipynb #02-preproces-030
+# %% ../nbs/02_preprocessing.ipynb #02-preproces-033
 def mask(points_xy, # (n, 2) head positions `(x, y)`, pixels
          size_hw,   # `(height, width)` of the picture, pixels
          sigma=4,   # standard deviation of the Gaussian, pixels
@@ -92,34 +94,43 @@ def mask(points_xy, # (n, 2) head positions `(x, y)`, pixels
     "Pixels where the density is more than `level` times the peak of a lone head"
     return density(points_xy, size_hw, sigma) > level/(2*np.pi*sigma**2)
 
-# %% ../nbs/02_preprocessing.ipynb #02-preproces-034
+# %% ../nbs/02_preprocessing.ipynb #02-preproces-037
 def _overlaps(edges, n):
     "(len(edges)-1, n) sparse: which part of each of `n` cells lies between consecutive `edges`"
     b = np.union1d(edges, np.arange(n + 1.))
     b = b[(b >= edges[0]) & (b <= edges[-1])]
     middle = (b[1:] + b[:-1])/2
-    return csr_array((np.diff(b), (np.searchsorted(edges, middle) - 1, middle.astype(np.int64))), shape=(len(edges) - 1, n))
+    cells = np.searchsorted(edges, middle) - 1, middle.astype(np.int64)
+    return csr_array((np.diff(b), cells), shape=(len(edges) - 1, n))
 
-# %% ../nbs/02_preprocessing.ipynb #02-preproces-036
+# %% ../nbs/02_preprocessing.ipynb #02-preproces-040
+def _shared(d, down, across):
+    "`down @ d @ across.T` in float64"
+    rows = [down @ d[:, j:j + 512].astype(np.float64) for j in range(0, d.shape[1], 512)]
+    return (across @ np.concatenate(rows, axis=1).T).T
+
 def area_sums(density, # (h, w) people per cell
               edges_y, # borders between the new rows, from 0 to h, in cells of `density`
               edges_x  # borders between the new columns, from 0 to w
              )->np.ndarray: # (len(edges_y)-1, len(edges_x)-1) float64 people per new cell
     "People between any borders; a cell that a border cuts is shared by area"
-    d = np.asarray(density)
+    d, edges = np.asarray(density), (edges_y, edges_x)
     if d.ndim != 2: raise ValueError(f'density: expected an array (h, w), found shape {d.shape}')
-    down, across = (_overlaps(np.asarray(e, np.float64), n) for e, n in zip((edges_y, edges_x), d.shape))
-    rows = [down @ d[:, j:j + 512].astype(np.float64) for j in range(0, d.shape[1], 512)] # pieces: spares memory
-    return (across @ np.concatenate(rows, axis=1).T).T
+    return _shared(d, *(_overlaps(np.asarray(e, np.float64), n) for e, n in zip(edges, d.shape)))
+
+# %% ../nbs/02_preprocessing.ipynb #02-preproces-043
+@lru_cache(64)
+def _even_overlaps(n, new): return _overlaps(np.linspace(0, n, new + 1), n)
 
 def resize_density(density, # (h, w) people per cell
                    size_hw  # `(height, width)` of the result, cells
                   )->np.ndarray: # float32 people per new cell; the same sum
     "Smaller or larger map of the same people, each new cell taking what lies under its area"
-    edges = [np.linspace(0, n, int(new) + 1) for n, new in zip(np.shape(density), size_hw)]
-    return area_sums(density, *edges).astype(np.float32)
+    d = np.asarray(density)
+    if d.ndim != 2: raise ValueError(f'density: expected an array (h, w), found shape {d.shape}')
+    return _shared(d, *(_even_overlaps(n, int(new)) for n, new in zip(d.shape, size_hw))).astype(np.float32)
 
-# %% ../nbs/02_preprocessing.ipynb #02-preproces-043
+# %% ../nbs/02_preprocessing.ipynb #02-preproces-054
 HEAT = 2*np.pi*4**2 # heat of one person: a lone head's peak at sigma 4 is 1
 
 def heatmap(points_xy, # (n, 2) head positions `(x, y)`, pixels
@@ -130,7 +141,7 @@ def heatmap(points_xy, # (n, 2) head positions `(x, y)`, pixels
     "The target of experiment 1: density resized to a square with its sum kept, times `HEAT`"
     return resize_density(density(points_xy, size_hw, sigma), (size, size)) * np.float32(HEAT)
 
-# %% ../nbs/02_preprocessing.ipynb #02-preproces-046
+# %% ../nbs/02_preprocessing.ipynb #02-preproces-057
 @dataclass(frozen=True)
 class Pair:
     "One row of `pairs.csv`: a prepared picture and its targets"
@@ -155,7 +166,7 @@ class Pair:
 
     def row(self): return {f.name: getattr(self, f.name) for f in fields(self) if f.name != 'out'}
 
-# %% ../nbs/02_preprocessing.ipynb #02-preproces-049
+# %% ../nbs/02_preprocessing.ipynb #02-preproces-060
 def _twin(x, folder):
     "The file in `folder/` that belongs to picture `x` in `images/`"
     x = Path(getattr(x, 'image', x))
@@ -166,19 +177,21 @@ def _twin(x, folder):
 def heatmap_path(x): return _twin(x, 'heatmap')
 def mask_path(x): return _twin(x, 'mask')
 
-# %% ../nbs/02_preprocessing.ipynb #02-preproces-051
+# %% ../nbs/02_preprocessing.ipynb #02-preproces-062
 def _opened(path):
     "A picture that `prepare` wrote, loaded"
     try:
-        with Image.open(path) as im: im.load(); return im
-    except (OSError, SyntaxError, ValueError) as e: raise DataError(path, 'a file written by prepare', f'{type(e).__name__}: {e}') from e
+        with Image.open(path) as im:
+            im.load()
+            return im
+    except (OSError, SyntaxError, ValueError) as e: raise DataError(path, 'a picture made by prepare', repr(e)) from e
 
 def get_heatmap(x # a picture in `images/`, or its `Pair`
                )->np.ndarray: # (size, size) float32 heat; `sum()/HEAT` people
     "The heatmap that belongs to a picture, by name"
     im = _opened(heatmap_path(x))
     try: scale = json.loads(im.text['pair'])['scale']
-    except (AttributeError, KeyError, ValueError) as e: raise DataError(heatmap_path(x), 'a heatmap with its scale', 'none') from e
+    except (AttributeError, KeyError, ValueError) as e: raise DataError(heatmap_path(x), 'its scale', 'none') from e
     return np.asarray(im).astype(np.float32) * np.float32(scale)
 
 def get_mask(x # a picture in `images/`, or its `Pair`
@@ -186,7 +199,7 @@ def get_mask(x # a picture in `images/`, or its `Pair`
     "The mask that belongs to a picture, by name"
     return (np.asarray(_opened(mask_path(x))) > 127).astype(np.uint8)
 
-# %% ../nbs/02_preprocessing.ipynb #02-preproces-053
+# %% ../nbs/02_preprocessing.ipynb #02-preproces-064
 def _sixteen(heat):
     "`heat` as uint16, and the heat of one step"
     top = float(heat.max())
@@ -194,7 +207,7 @@ def _sixteen(heat):
     steps = np.round(heat.astype(np.float64)*(65535/top)).astype(np.uint16)
     return steps, float(heat.sum(dtype=np.float64)/steps.sum(dtype=np.float64))
 
-# %% ../nbs/02_preprocessing.ipynb #02-preproces-056
+# %% ../nbs/02_preprocessing.ipynb #02-preproces-067
 class OutputError(DataError):
     "A place that cannot be written to"
 
@@ -212,9 +225,9 @@ def _put(out, name, data, index):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
         os.replace(temporary, path)
-    except OSError as e: raise OutputError(path, f'room and permission for {len(data)} bytes', e.strerror or e) from e
+    except OSError as e: raise OutputError(path, f'room for {len(data)} bytes', e.strerror or e) from e
 
-# %% ../nbs/02_preprocessing.ipynb #02-preproces-059
+# %% ../nbs/02_preprocessing.ipynb #02-preproces-070
 def _fingerprint(item, points, recipe):
     "What a prepared picture depends on, in 64 hexadecimal digits"
     try: picture = item.image.read_bytes()
@@ -230,7 +243,7 @@ def _done(out, name, key):
         return Pair(**json.loads(text['pair']), out=out) if text['key'] == key else None
     except (OSError, SyntaxError, ValueError, KeyError, TypeError, AttributeError): return None
 
-# %% ../nbs/02_preprocessing.ipynb #02-preproces-060
+# %% ../nbs/02_preprocessing.ipynb #02-preproces-071
 def _prepare_one(item, name, source, out, recipe, index):
     "Write the three files of one picture, unless they are there; its `Pair`"
     points, (sigma, size) = item.points(), (recipe['sigma'], recipe['size'])
@@ -242,14 +255,15 @@ def _prepare_one(item, name, source, out, recipe, index):
     d, square, n = density(points, hw, sigma), (size, size), len(inside(points, hw))
     human = (d > .1/(2*np.pi*sigma**2)).astype(np.uint8)*255
     steps, scale = _sixteen(resize_density(d, square)*np.float32(HEAT))
-    pair = Pair(name, source, item.part, item.split, *hw, n, len(points) - n, round(float((human > 0).mean()), 6), scale, out)
+    share = round(float((human > 0).mean()), 6)
+    pair = Pair(name, source, item.part, item.split, *hw, n, len(points) - n, share, scale, out)
     _put(out, f'images/{name}', _png(cv2.resize(rgb, square, interpolation=cv2.INTER_AREA)), index)
     small = (cv2.resize(human, square, interpolation=cv2.INTER_AREA) > 127).astype(np.uint8)*255
     _put(out, f'mask/{name}', _png(small), index)
     _put(out, f'heatmap/{name}', _png(steps, pair=json.dumps(pair.row()), key=key), index)
     return pair
 
-# %% ../nbs/02_preprocessing.ipynb #02-preproces-062
+# %% ../nbs/02_preprocessing.ipynb #02-preproces-073
 def _names(items):
     "The name of each item below `images/`, None where two would share one"
     stems = [Path(o.name).stem for o in items]
@@ -261,18 +275,18 @@ def _names(items):
     twice = {s for s in good if good.count(s) > 1} if len(set(good)) < len(good) else ()
     return [None if s.casefold() in twice else f'{s}.png' for s in stems]
 
-# %% ../nbs/02_preprocessing.ipynb #02-preproces-065
+# %% ../nbs/02_preprocessing.ipynb #02-preproces-077
 def _claim(out, items, recipe):
     "Make `out` ours: refuse what belongs to somebody else, clear what a killed run left half-written"
     for o in items:
-        if out.resolve() in Path(o.image).resolve().parents: raise OutputError(out, 'a folder without the data itself', o.image.name)
+        if out.resolve() in o.image.resolve().parents: raise OutputError(out, 'a folder without the data', o.image.name)
     note = out/'recipe.json'
     try:
         if note.exists():
             found = json.loads(note.read_text('utf-8'))
             if found != recipe: raise OutputError(out, f'an empty folder, or one prepared with {recipe}', found)
         elif out.exists() and any(o.name != '.writing' for o in out.iterdir()):
-            raise OutputError(out, 'an empty folder, or one made by prepare', f'{sum(1 for _ in out.iterdir())} files and folders')
+            raise OutputError(out, 'an empty folder, or one made by prepare', f'{len(list(out.iterdir()))} entries')
         shutil.rmtree(out/'.writing', ignore_errors=True)
         (out/'.writing').mkdir(parents=True)
     except ValueError as e:
@@ -281,7 +295,7 @@ def _claim(out, items, recipe):
     except OSError as e: raise OutputError(out, 'a folder that can be written to', e.strerror or e) from e
     _put(out, 'recipe.json', json.dumps(recipe, indent=1).encode(), 0)
 
-# %% ../nbs/02_preprocessing.ipynb #02-preproces-066
+# %% ../nbs/02_preprocessing.ipynb #02-preproces-078
 def _table(pairs):
     "The text of `pairs.csv`"
     s = io.StringIO()
@@ -293,14 +307,15 @@ def _table(pairs):
 def read_pairs(out # a folder written by `prepare`
               )->list: # of `Pair`
     "The rows of `pairs.csv`"
-    path, kinds = Path(out)/'pairs.csv', dict(height=int, width=int, heads=int, outside=int, share=float, scale=float)
+    out, kinds = Path(out), dict(height=int, width=int, heads=int, outside=int, share=float, scale=float)
+    path = out/'pairs.csv'
     try:
-        with open(path, encoding='utf-8', newline='') as f:
-            return [Pair(**{k: kinds.get(k, str)(v) for k, v in r.items()}, out=Path(out)) for r in csv.DictReader(f)]
-    except FileNotFoundError as e: raise DataError(path, 'the table that prepare writes at its end', 'no such file') from e
-    except (OSError, ValueError, TypeError) as e: raise DataError(path, 'a table written by prepare', e) from e
+        with open(path, encoding='utf-8', newline='') as f: rows = list(csv.DictReader(f))
+        return [Pair(**{k: kinds.get(k, str)(v) for k, v in r.items()}, out=out) for r in rows]
+    except OSError as e: raise DataError(path, 'the table that prepare writes at its end', e.strerror or e) from e
+    except (ValueError, TypeError) as e: raise DataError(path, 'a table written by prepare', e) from e
 
-# %% ../nbs/02_preprocessing.ipynb #02-preproces-068
+# %% ../nbs/02_preprocessing.ipynb #02-preproces-080
 @dataclass(frozen=True)
 class Failure:
     "A picture that could not be prepared"
@@ -321,7 +336,7 @@ def _source(item, root):
     try: return Path(item.image).relative_to(root).as_posix()
     except (ValueError, TypeError): return item.name
 
-# %% ../nbs/02_preprocessing.ipynb #02-preproces-069
+# %% ../nbs/02_preprocessing.ipynb #02-preproces-081
 def prepare(data,         # `CrowdData`, or a folder that `open_data` reads
             out,          # where to write: a new folder, or one of an earlier run to go on with
             sigma=4,      # standard deviation of the Gaussian, pixels of the picture
@@ -331,13 +346,14 @@ def prepare(data,         # `CrowdData`, or a folder that `open_data` reads
            )->list:       # of `Failure`, empty when all went well
     "Write resized pictures, heatmaps, masks and the table that pairs them; can be killed and run again"
     data, out = open_data(data) if isinstance(data, (str, Path)) else data, Path(out)
-    if int(size) != size or size < 8: raise ValueError(f'size: expected a whole number of at least 8 pixels, found {size}')
+    if int(size) != size or size < 8: raise ValueError(f'size: expected 8 pixels or more, found {size}')
     recipe = dict(format=1, sigma=_checked_sigma(sigma), size=int(size))
     _claim(out, data, recipe)
     sources = [_source(o, getattr(data, 'root', None)) for o in data]
+    todo = [(*o, out, recipe, i) for i, o in enumerate(zip(data, _names(data), sources))]
     pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1))
     try:
-        jobs = [pool.submit(_attempt, o, n, s, out, recipe, i) for i, (o, n, s) in enumerate(zip(data, _names(data), sources))]
+        jobs = [pool.submit(_attempt, *o) for o in todo]
         done = [j.result() for j in (progress(jobs, 'prepare') if progress else jobs)]
     finally: pool.shutdown(cancel_futures=True)
     _put(out, 'pairs.csv', _table(o for o in done if isinstance(o, Pair)).encode(), 0)

@@ -1,9 +1,8 @@
 "Density maps, masks, grids and prepared data sets: the laws, the slow oracles, and runs that go wrong"
-import csv, errno, os, signal, subprocess, sys, time
+import csv, errno, json, os, subprocess, sys, time
 from pathlib import Path
 
-import numpy as np
-import pytest
+import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
@@ -12,14 +11,15 @@ from scipy.ndimage import gaussian_filter
 from crowd_density import preprocessing as pp
 from crowd_density.data import CrowdData, DataError, Item, inside
 
+ROOT = Path(__file__).parents[1]
 sizes = st.tuples(st.integers(1, 70), st.integers(1, 70))
 
 @st.composite
 def crowds(draw, most=40, size=sizes):
     "Points in and around a frame, some of them exactly on its border, and the frame"
     h, w = draw(size)
-    one = st.tuples(st.one_of(st.floats(-5, w + 5, width=32), st.sampled_from([0., w - 1., np.nextafter(np.float32(w), 0), float(w)])),
-                    st.one_of(st.floats(-5, h + 5, width=32), st.sampled_from([0., h - 1., np.nextafter(np.float32(h), 0), float(h)])))
+    edge = lambda n: st.sampled_from([0., n - 1., float(np.nextafter(np.float32(n), np.float32(0))), float(n)])
+    one = st.tuples(*(st.one_of(st.floats(-5, n + 5, width=32), edge(n)) for n in (w, h)))
     return np.array(draw(st.lists(one, max_size=most)), np.float32).reshape(-1, 2), (h, w)
 
 def per_head_loop(points_xy, size_hw, sigma=4):
@@ -90,15 +90,14 @@ def test_adaptive_equals_a_loop():
         slow += per_head_loop([(x, y)], hw, max(.3*near, 1)).astype(float)
     np.testing.assert_allclose(pp.adaptive_density(p, hw), slow, atol=2e-4*slow.max())
 
-def test_sigmas_of_coinciding_heads_stay_positive():
-    assert (pp.head_sigmas([[3, 3]]*5) == 1).all()
+def test_sigmas_of_coinciding_heads_stay_positive(): assert (pp.head_sigmas([[3, 3]]*5) == 1).all()
 
 # ---- mask
 
 def test_mask_by_its_definition():
     p = np.random.default_rng(3).uniform(0, 60, (9, 2))
-    for level in (.1, .5):
-        assert (pp.mask(p, (60, 60), level=level) == (per_head_loop(p, (60, 60)) > level/(2*np.pi*16))).mean() > .999
+    slow = per_head_loop(p, (60, 60))*2*np.pi*16
+    for level in (.1, .5): assert (pp.mask(p, (60, 60), level=level) == (slow > level)).mean() > .999
     assert pp.mask(p, (60, 60), level=.5).sum() < pp.mask(p, (60, 60)).sum()
 
 def test_mask_reaches_as_far_as_stated():
@@ -142,7 +141,9 @@ def test_resize_keeps_the_sum(d, size_hw):
     assert r.shape == size_hw and r.dtype == np.float32 and r.min() >= 0
     assert r.sum(dtype=float) == pytest.approx(d.sum(dtype=float), rel=1e-5, abs=1e-6)
 
-@pytest.mark.parametrize('old,new', [((7, 9), (3, 4)), ((5, 4), (11, 13)), ((6, 6), (3, 9)), ((1, 8), (4, 1)), ((8, 8), (8, 8))])
+ODD = [((7, 9), (3, 4)), ((5, 4), (11, 13)), ((6, 6), (3, 9)), ((1, 8), (4, 1)), ((8, 8), (8, 8))]
+
+@pytest.mark.parametrize('old,new', ODD)
 def test_resize_equals_a_loop(old, new):
     d = np.random.default_rng(4).random(old).astype(np.float32)
     np.testing.assert_allclose(pp.resize_density(d, new), slow_resize(d, new), rtol=1e-5)
@@ -174,15 +175,17 @@ def write_photos(folder, n=6, seed=0, hw=(96, 128), **kw):
             items.append(Item(folder/name, folder/'points.csv', number=i, **kw))
     return CrowdData(items, folder)
 
-def files(out):
-    return {p.relative_to(out).as_posix(): p.read_bytes() for p in sorted(out.rglob('*')) if p.is_file()}
+def files(out): return {p.relative_to(out).as_posix(): p.read_bytes() for p in sorted(out.rglob('*')) if p.is_file()}
 
 @pytest.fixture
 def photos(tmp_path): return write_photos(tmp_path/'photos')
 
 def test_prepare_writes_what_it_says(photos, tmp_path):
     out, seen = tmp_path/'out', []
-    def progress(jobs, text): seen.append((len(jobs), text)); return jobs
+    def progress(jobs, text):
+        seen.append((len(jobs), text))
+        return jobs
+
     assert pp.prepare(photos, out, size=64, progress=progress) == []
     assert seen == [(6, 'prepare')]
     pairs = pp.read_pairs(out)
@@ -230,9 +233,10 @@ def test_one_bad_item_never_stops_the_run(photos, tmp_path):
     (photos[3].image).write_bytes(b'')
     (photos[4].image).write_text('not a picture')
     Image.new('RGB', (31, 40)).save(photos[5].image)
-    bad = CrowdData([*photos, Item(photos.root/'missing.jpg', photos.root/'points.csv'), Item(photos[1].image.with_name('x.png'), None)], photos.root)
-    failures = pp.prepare(bad, tmp_path/'out', size=32)
-    assert [Path(o.file).name for o in failures] == ['IMG_0.jpg', 'IMG_3.jpg', 'IMG_4.jpg', 'IMG_5.jpg', 'missing.jpg', 'x.png']
+    missing, bare = Item(photos.root/'missing.jpg', photos.root/'points.csv'), Item(photos.root/'x.png')
+    failures = pp.prepare(CrowdData([*photos, missing, bare], photos.root), tmp_path/'out', size=32)
+    names = [f'IMG_{i}.jpg' for i in (0, 3, 4, 5)]
+    assert [Path(o.file).name for o in failures] == [*names, 'missing.jpg', 'x.png']
     assert all('expected' in o.reason and 'found' in o.reason for o in failures)
     assert [p.file for p in pp.read_pairs(tmp_path/'out')] == ['bild ä 1.png', 'IMG_2.png']
 
@@ -240,12 +244,14 @@ def test_halves_of_one_name_and_two_pictures_of_one_name(tmp_path):
     a, b = (write_photos(tmp_path/p, 3, seed=i, part=p, split='train') for i, p in enumerate('AB'))
     assert pp.prepare(CrowdData([*a, *b], tmp_path), tmp_path/'out', size=32) == []
     pairs = pp.read_pairs(tmp_path/'out')
-    assert pairs[0].file == 'A_train/IMG_0.png' and pairs[3].file == 'B_train/IMG_0.png' and pairs[3].source == 'B/IMG_0.jpg'
+    assert [p.file for p in pairs[::3]] == ['A_train/IMG_0.png', 'B_train/IMG_0.png']
+    assert pairs[3].source == 'B/IMG_0.jpg'
     assert pp.get_heatmap(pairs[3].image).sum()/pp.HEAT == pytest.approx(1, rel=.005)
     Image.new('RGB', (64, 64)).save(tmp_path/'A/img_0.bmp')
     double = CrowdData([*a, Item(tmp_path/'A/img_0.bmp', a[0].annotation, part='A', split='train')], tmp_path/'A')
     failures = pp.prepare(double, tmp_path/'out2', size=32)
-    assert [Path(o.file).name for o in failures] == ['IMG_0.jpg', 'img_0.bmp'] and 'one picture of this name' in failures[0].reason
+    assert [Path(o.file).name for o in failures] == ['IMG_0.jpg', 'img_0.bmp']
+    assert 'one picture of this name' in failures[0].reason
     assert len(pp.read_pairs(tmp_path/'out2')) == 2
 
 KILLED = '''
@@ -260,16 +266,15 @@ prepare(CrowdData([Item(folder/n, folder/'points.csv') for n in names], folder),
 '''
 
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path):
-    import json
     photos, out = write_photos(tmp_path/'photos', 40, hw=(240, 320)), tmp_path/'out'
     (photos.root/'names.json').write_text(json.dumps([o.name for o in photos]), 'utf-8')
     pp.prepare(CrowdData([Item(o.image, o.annotation) for o in photos], photos.root), tmp_path/'whole', size=64)
     cut = 0
     for wait in (0, .03, .1, .2):
-        p = subprocess.Popen([sys.executable, '-c', KILLED, photos.root, out], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
-        p.stdout.readline()
-        time.sleep(wait)
-        p.kill(); p.wait(); p.stdout.close()
+        with subprocess.Popen([sys.executable, '-c', KILLED, photos.root, out], stdout=subprocess.PIPE, cwd=ROOT) as p:
+            p.stdout.readline()
+            time.sleep(wait)
+            p.kill()
         cut += not (out/'pairs.csv').exists()
     assert cut, 'no run was cut short: the test proves nothing'
     pp.prepare(CrowdData([Item(o.image, o.annotation) for o in photos], photos.root), out, size=64)
@@ -307,7 +312,8 @@ def test_nothing_of_others_is_touched(photos, tmp_path):
     for out in (photos.root, photos.root.parent):
         with pytest.raises(pp.OutputError, match='without the data'): pp.prepare(photos, out)
     other = tmp_path/'other'
-    (other/'images').mkdir(parents=True); (other/'images/IMG_0.png').write_text('mine')
+    (other/'images').mkdir(parents=True)
+    (other/'images/IMG_0.png').write_text('mine')
     with pytest.raises(pp.OutputError, match='made by prepare'): pp.prepare(photos, other)
     pp.prepare(photos, tmp_path/'out', size=32)
     before = files(tmp_path/'out')
@@ -324,11 +330,13 @@ def test_kinds_of_pictures(tmp_path):
     "Greys of 16 bits, CMYK, palettes, alpha and a rotation note are read as stored"
     rng = np.random.default_rng(0)
     rgb = Image.fromarray(rng.integers(0, 255, (60, 80, 3), np.uint8))
-    exif = rgb.getexif(); exif[274] = 6
+    exif = rgb.getexif()
+    exif[274] = 6
     (tmp_path/'k').mkdir()
     Image.fromarray(rng.integers(0, 65535, (60, 80)).astype(np.uint16)).save(tmp_path/'k/deep.png')
-    rgb.convert('CMYK').save(tmp_path/'k/cmyk.jpg'); rgb.convert('P').save(tmp_path/'k/palette.png')
-    rgb.convert('RGBA').save(tmp_path/'k/alpha.png'); rgb.save(tmp_path/'k/turned.jpg', exif=exif); rgb.convert('L').save(tmp_path/'k/grey.jpg')
+    rgb.save(tmp_path/'k/turned.jpg', exif=exif)
+    kinds = dict(CMYK='cmyk.jpg', P='palette.png', RGBA='alpha.png', L='grey.jpg')
+    for mode, name in kinds.items(): rgb.convert(mode).save(tmp_path/'k'/name)
     names = sorted(p.name for p in (tmp_path/'k').iterdir())
     (tmp_path/'k/p.csv').write_text('file,x,y\n' + ''.join(f'{n},79,10\n' for n in names))
     data = CrowdData([Item(tmp_path/'k'/n, tmp_path/'k/p.csv') for n in names], tmp_path/'k')
@@ -353,8 +361,9 @@ def test_reading_what_is_not_there(photos, tmp_path):
 def test_without_the_system_libraries_of_opencv(tmp_path):
     "What a slim image says names the Debian package and the other wheel"
     (tmp_path/'cv2.py').write_text('raise ImportError("libGL.so.1: cannot open shared object file")')
-    env = os.environ | {'PYTHONPATH': f'{tmp_path}{os.pathsep}{Path(__file__).parents[1]}'}
-    r = subprocess.run([sys.executable, '-c', 'import crowd_density.preprocessing'], env=env, capture_output=True, text=True)
+    env = os.environ | {'PYTHONPATH': f'{tmp_path}{os.pathsep}{ROOT}'}
+    command = [sys.executable, '-c', 'import crowd_density.preprocessing']
+    r = subprocess.run(command, env=env, capture_output=True, text=True)
     assert r.returncode and 'libgl1' in r.stderr and 'opencv-python-headless' in r.stderr
 
 # ---- the real data set
