@@ -718,12 +718,10 @@ def _reading(camera, zone, estimate, time, min_known):
     if not np.isfinite(d).all(): return 'the model gave no number'
     people = (plan.people@d.ravel().astype(float)).reshape(plan.raster_m2.shape)
     n, total = float(people.sum()), float(d.sum())
-    low, high = ((total if v is None else float(v)) for v in (estimate.low, estimate.high))
-    ends = [n*v/total if total >= 1 else n+(v-total)*plan.picture for v in (low, high)]
-    density, low, high = (max(v, 0)/plan.area_m2 for v in (n, *ends))
-    high *= camera.ground.head_factor(size_hw)
-    worst = max(_worst_patch(people, plan), density)
-    return Reading(camera.name, zone.name, time, density, min(low, density), max(high, density), worst, n)
+    def end(v): return None if v is None else max(n*v/total if total >= 1 else n+(v-total)*plan.picture, 0)/plan.area_m2
+    density, low, high = max(n, 0)/plan.area_m2, end(estimate.low), end(estimate.high)
+    low, high = low and min(low, density), high and max(high*camera.ground.head_factor(size_hw), density)
+    return Reading(camera.name, zone.name, time, density, low, high, max(_worst_patch(people, plan), density), n)
 
 def measure(camera, # a `Camera`
             estimate, # of its picture: `density`, `cell`, `size_hw`, `low`, `high`, `error`
