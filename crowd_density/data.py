@@ -866,15 +866,25 @@ def _is_official(items):
         except DataError: continue
     return bool(hits) and np.mean(hits) > .7
 
+@lru_cache(16)
+def _groups_once(stamped): return look_alikes([path for path, *_ in stamped])
+
+def _stamped(path):
+    "A path with what changes when its file does"
+    try: st = os.stat(path)
+    except OSError: return path, None
+    return path, st.st_mtime_ns, st.st_size
+
 def _sides(items, seed, valid=.2):
     "'train', 'tune' or 'valid' for each of `items`, which are of one part"
-    groups = None
+    files = [o.image for o in items]
     if _is_official(items):
         listed = shipped_split(items[0].part)
         found = [listed.get(f'IMG_{o.number}.jpg', (-o.number, 'train')) for o in items]
         if seed == 0: return [split for _, split in found]
         groups = [group for group, _ in found]
-    return [r['split'] for r in grouped_split([o.image for o in items], valid=valid, seed=seed, groups=groups)]
+    else: groups = _groups_once(tuple(_stamped(f) for f in files))
+    return [r['split'] for r in grouped_split(files, valid=valid, seed=seed, groups=groups)]
 
 # %% ../nbs/00_data.ipynb #00-data-132
 SPLITS = 'train', 'tune', 'valid', 'test', 'all'
@@ -961,6 +971,13 @@ def _near_duplicates(data, thumbnails):
     return [Problem(data[j].image, 'near-duplicate', f'{data[j]} looks like {data[i]} (correlation {c[i, j]:.2f})')
             for i, j in np.argwhere(c > CORRELATION) if data[i].split != data[j].split]
 
+def _known_faults(data):
+    "Pictures of the real ShanghaiTech that training leaves out, with the reason"
+    halves = defaultdict(list)
+    for o in data: halves[o.part, o.split].append(o)
+    real = [o for (_, split), items in halves.items() if split == 'train' and _is_official(items) for o in items]
+    return [Problem(o.image, 'not for training', excluded(o)) for o in real if excluded(o)]
+
 def check(data,          # a `CrowdData`, or a folder
           progress=None, # wraps the loop over the items: `progress(iterable, text)`
           workers=None   # threads; None: one a processor
@@ -973,4 +990,4 @@ def check(data,          # a `CrowdData`, or a folder
         for p, small in progress(found, 'checking') if progress else found:
             problems += p
             thumbnails.append(small)
-    return problems + _near_duplicates(data, thumbnails)
+    return problems + _near_duplicates(data, thumbnails) + _known_faults(data)

@@ -808,6 +808,7 @@ def test_real_halves(real_data, part, n, heads):
     assert sides == {o.name: shipped_split(part)[o.name][1] for o in data}
     assert len(split_of(data[:60], 'train')) == sum(shipped_split(part)[o.name][1] == 'train' for o in data[:60])
     assert len(training_items(data)) == n - sum(k[0] == part for k in EXCLUDED)
+    assert {o.file.name for o in D._known_faults(data)} == {f'IMG_{k[2]}.jpg' for k in EXCLUDED if k[0] == part}
 
 def crossing(data, groups):
     "Pictures of one group that the shipped list puts on different sides"
