@@ -6,8 +6,8 @@
 __all__ = ['OUTPUTS', 'HEAT', 'CELL', 'LEVEL', 'FEATURES', 'PROVIDERS', 'MARGIN', 'BUDGET', 'ModelError', 'update_card',
            'model_path', 'tiles', 'regrid', 'Estimate', 'fit_interval', 'interval', 'features', 'unlike', 'fit_like',
            'crowding', 'working_scale', 'finer_scale', 'choose_scale', 'fit_scale', 'Model', 'load', 'tile_map',
-           'overlay', 'says', 'stems', 'save_views', 'predict_files', 'finish_onnx', 'quantised', 'quantise', 'table',
-           'model_card', 'write_model_card']
+           'overlay', 'says', 'stems', 'save_views', 'predict_files', 'finish_onnx', 'quantised', 'quantise',
+           'files_of', 'settle', 'coverage', 'table', 'model_card', 'write_model_card']
 
 # %% ../nbs/07_inference.ipynb #07-inference-005
 import hashlib, json, logging, os, struct, tempfile, time
@@ -511,6 +511,7 @@ class Model:
         self.stride = int(self.card.get('stride') or 8) if self.task == 'counting' else 1
         self.multiple = int(self.card.get('multiple') or 32)
         self.mean, self.std = (np.asarray(self.card.get(k) or [.5]*3, np.float32) for k in ('mean', 'std'))
+        self.gain = float(self.card.get('gain') or 1) # what an int8 copy loses on average
         self.whole, self.budget, self.margin = 2**20, BUDGET.get(self.task, 2**20), MARGIN.get(self.task, 128)
 
     def __repr__(self): return f"Model({self.task}, {self.path.name}, sha256 {str(self.card.get('sha256'))[:12]})"
@@ -520,7 +521,7 @@ class Model:
         "What the bare network gives for pixels"
         y, size = self.session.run([OUTPUTS[self.task]], {'image': self.blob(rgb)})[0], tuple(n//self.stride for n in rgb.shape[:2])
         if y.shape != (1, 1, *size): raise ModelError(self.path, f'an answer of shape {(1, 1, *size)}', y.shape)
-        return y[0, 0]
+        return y[0, 0] if self.gain == 1 else y[0, 0]*np.float32(self.gain)
 
     def blob(self, rgb # uint8 (h, w, 3)
             )->np.ndarray: # (1, 3, h, w) float32
@@ -535,10 +536,11 @@ class Model:
 def load(name='counting', # 'counting', 'segmentation', a `.onnx` or `.safetensors` file, or the folder of a run
          threads=None, # of the processor; all that this process may use if None
          providers=None, # 'cpu', 'cuda', 'openvino' or ONNX Runtime's own names
-         int8=False # the quantised copy, see `quantise`
+         int8=None # the quantised copy, see `quantise`; if None, where the card says that this is the default
         )->Model:
     "A model ready to look at pictures; nothing in the file is executed as code"
     path = model_path(name)
+    if int8 is None: int8 = (_envelope(path)[0].get('int8') or {}).get('default') and path.with_suffix('.int8.onnx').is_file()
     return Model(quantised(path) if int8 else path, threads, providers)
 
 # %% ../nbs/07_inference.ipynb #07-inference-074
@@ -780,31 +782,85 @@ def quantised(path # ONNX file
     return copy
 
 # %% ../nbs/07_inference.ipynb #07-inference-109
+def _last_conv(proto):
+    "Name of the convolution nearest to the output"
+    made = {o: n for n in proto.graph.node for o in n.output}
+    todo = [proto.graph.output[0].name]
+    while todo:
+        n = made.get(todo.pop(0))
+        if n is not None and n.op_type == 'Conv': return [n.name] if len([m for m in proto.graph.node if m.op_type == 'Conv']) > 1 else []
+        if n is not None: todo += n.input
+    return []
+
+def _quantise(model, rgbs, folder):
+    "ONNX Runtime's static quantisation, all but the last convolution; weights within 7 bits, so that processors without VNNI do not overflow"
+    import onnx
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+    log = logging.getLogger()
+    level, a, b = log.level, f'{folder}/a.onnx', f'{folder}/b.onnx'
+    log.setLevel(logging.ERROR)
+    try:
+        quant_pre_process(str(model.path), a, skip_symbolic_shape=True)
+        quantize_static(a, b, _Pictures(model, rgbs), quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
+                        weight_type=QuantType.QInt8, reduce_range=True, nodes_to_exclude=_last_conv(onnx.load(a)))
+    finally: log.setLevel(level)
+    return onnx.load(b)
+
+# %% ../nbs/07_inference.ipynb #07-inference-111
 def quantise(path, # ONNX file
              rgbs, # some pictures of what the model will see, uint8 (h, w, 3)
              out=None # file to write; `NAME.int8.onnx` beside the model if None
             )->Path: # the copy
     "Write a copy that computes in 8 bits, calibrated on pictures; needs the `onnx` package"
     import onnx
-    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-    path, log = Path(path), logging.getLogger()
-    out, card = Path(out or path.with_suffix('.int8.onnx')), _envelope(path)[0]
-    level = log.level
-    with tempfile.TemporaryDirectory() as d:
-        log.setLevel(logging.ERROR)
-        try:
-            quant_pre_process(str(path), f'{d}/a.onnx', skip_symbolic_shape=True)
-            quantize_static(f'{d}/a.onnx', f'{d}/b.onnx', _Pictures(Model(path), rgbs), quant_format=QuantFormat.QDQ, per_channel=True,
-                            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
-        finally: log.setLevel(level)
-        proto = onnx.load(f'{d}/b.onnx')
-    card = {**card, 'graph_sha256': hashlib.sha256(proto.graph.SerializeToString()).hexdigest(), 'bits': 8}
-    onnx.helper.set_model_props(proto, {'card': json.dumps(card)})
+    path, rgbs = Path(path), list(rgbs)
+    out, model = Path(out or path.with_suffix('.int8.onnx')), Model(path)
+    with tempfile.TemporaryDirectory() as d: proto = _quantise(model, rgbs, d)
+    card = {**model.card, 'graph_sha256': hashlib.sha256(proto.graph.SerializeToString()).hexdigest(), 'bits': 8}
+    onnx.helper.set_model_props(proto, dict(card=json.dumps(card)))
     with atomic(out) as tmp: onnx.save(proto, str(tmp))
+    if model.task == 'counting':
+        sums = [sum(tile_map(m, x)[0].sum(dtype=float) for x in rgbs) for m in (model, Model(out))]
+        update_card(out, gain=round(float(np.clip(sums[0]/max(sums[1], 1e-6), .8, 1.25)), 5))
     return out
 
-# %% ../nbs/07_inference.ipynb #07-inference-114
+# %% ../nbs/07_inference.ipynb #07-inference-116
+def files_of(path # ONNX file
+            )->list: # it, its int8 copy and its safetensors twin, as far as they exist
+    "All files of one model"
+    path = model_path(path)
+    return [p for p in (path, path.with_suffix('.int8.onnx'), path.with_suffix('.safetensors')) if p.is_file()]
+
+def settle(path, # model, run folder
+           items, # of `tune`: with `part`, `rgb()` and `count()`
+           int8=None, # as in `load`
+           areas=(600000, 786432, 1050000, 1400000), # pixels, for the scale
+           every=2, # the scale is measured on each `every`-th item, at three sizes
+           threads=None, progress=None
+          )->dict: # what the cards now say besides
+    "Fit scale and interval on `tune` and write them into all files of a model"
+    model, items = load(path, threads, int8=int8), list(items)
+    model.card['scale'], model.card['interval'] = fit_scale(model, items[::every], areas, progress=progress), None
+    rows = [(item.count(), model.predict(rgb), rgb) for item in (progress(items, 'interval') if progress else items) for rgb in [item.rgb()]]
+    like = [features(rgb, e.density) for _, e, rgb in rows]
+    values = dict(scale=model.card['scale'], interval=fit_interval([t for t, *_ in rows], [e.count for _, e, _ in rows], like=like))
+    for p in files_of(path): update_card(p, **values)
+    return values
+
+def coverage(true, # (n,) people
+             low, high # (n,) ends of the intervals
+            )->dict: # by third: n, share inside, its 95 % binomial interval, mean width over the true count
+    "How often the truth lies inside, for sparse, medium and dense pictures"
+    t, lo, hi = (np.asarray(x, float) for x in (true, low, high))
+    out = {}
+    for name, i in zip(('sparse', 'medium', 'dense', 'all'), [*np.array_split(np.argsort(t, kind='stable'), 3), np.arange(len(t))]):
+        n, p = len(i), float(((lo[i] <= t[i]) & (t[i] <= hi[i])).mean())
+        middle, half = (p + 1.92/n)/(1 + 3.84/n), 1.96*(p*(1-p)/n + .96/n**2)**.5/(1 + 3.84/n) # Wilson's score interval
+        out[name] = dict(n=n, inside=p, binomial=[middle-half, middle+half], width=float(((hi[i]-lo[i])/np.maximum(t[i], 1)).mean()))
+    return out
+
+# %% ../nbs/07_inference.ipynb #07-inference-121
 def _cell(v):
     "A value as a table shows it"
     if v is None: return ''
@@ -830,7 +886,7 @@ def _figures(d, depth=3):
         if k not in rows and k not in alone: out += ['#'*depth + f' {k}', _figures(v, min(depth+1, 6))]
     return '\n\n'.join(out)
 
-# %% ../nbs/07_inference.ipynb #07-inference-116
+# %% ../nbs/07_inference.ipynb #07-inference-123
 _NOT_FOR = """- Decide on safety alone. A count is an estimate with an interval; people on the spot, flow, exits and weather count as much.
 - Identify, follow or compare persons: it cannot, it sees heads of a few pixels and keeps none.
 - Count what it was not shown: other than people, from directly above at great height, in thermal or satellite pictures.
@@ -867,7 +923,7 @@ def _said_interval(r):
     return (f"{r['level']:.0%} of the truths shall lie between `low` and `high`; widths from {r['n']} pictures of `tune`, wider for pictures unlike those.\n\n"
             + table(rows))
 
-# %% ../nbs/07_inference.ipynb #07-inference-118
+# %% ../nbs/07_inference.ipynb #07-inference-125
 def write_model_card(path, # `MODEL_CARD.md`
                      models # files of weights, or their names
                     )->Path: # the file

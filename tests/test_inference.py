@@ -357,6 +357,24 @@ def test_fit_scale(model):
     rule = inf.fit_scale(model, [Thing(s) for s in range(6)], areas=(96*128, 2*96*128), sizes=(.5, 1))
     assert rule['n'] == 12 and rule['area'] in (96*128, 2*96*128) and json.dumps(rule)
 
+def test_settle_writes_all_files(tmp_path):
+    sha = safetensors_twin(tmp_path/'model.safetensors')
+    toy(tmp_path/'model.onnx', sha256=sha)
+    quantise(tmp_path/'model.onnx', [picture(96, 128, s) for s in range(3)])
+    said = inf.settle(tmp_path, [Thing(s) for s in range(8)], areas=(96*128, 2*96*128))
+    assert [p.name for p in inf.files_of(tmp_path)] == ['model.onnx', 'model.int8.onnx', 'model.safetensors']
+    for m in (load(tmp_path, int8=False), load(tmp_path, int8=True), load(tmp_path/'model.safetensors')):
+        assert m.card['interval'] == json.loads(json.dumps(said['interval'])) and m.card['scale']['area'] == said['scale']['area']
+    e = load(tmp_path).predict(Thing(99).rgb())
+    assert e.low <= e.count <= e.high and e.unlike > 0
+
+def test_coverage_counts():
+    from scipy.stats import binomtest
+    t = np.arange(30.)
+    c = inf.coverage(t, t - 1, np.where(t % 5 == 0, t - .5, t + 1))
+    assert c['all']['n'] == 30 and abs(c['all']['inside'] - .8) < 1e-9 and abs(c['sparse']['inside'] - .8) < 1e-9 and c['dense']['n'] == 10
+    for k in c: np.testing.assert_allclose(c[k]['binomial'], binomtest(round(.8*c[k]['n']), c[k]['n']).proportion_ci(method='wilson'), atol=.005)
+
 # Other tasks
 @pytest.mark.parametrize('h,w', [(32, 32), (77, 130), (300, 401)])
 def test_segmentation(tmp_path, h, w):
@@ -435,7 +453,13 @@ def test_finish_and_quantise(tmp_path):
     with pytest.raises(ModelError, match='quantise'): load(path, int8=True)
     quantise(path, [picture(128, 128, s) for s in range(4)])
     small = load(path, int8=True)
-    assert small.card['bits'] == 8 and abs(small.predict(rgb).count - before.sum()) < .05*before.sum()
+    assert small.card['bits'] == 8 and abs(small.predict(rgb).count - before.sum()) < .05*before.sum() and .8 <= small.gain <= 1.25
+    assert load(path).card.get('bits') is None
+    update_card(path, int8=dict(default=True))
+    assert load(path).card['bits'] == 8 and load(path, int8=False).card.get('bits') is None
+    (tmp_path/'a.int8.onnx').rename(tmp_path/'b.int8.onnx')
+    assert load(path).card.get('bits') is None # the default asks for a copy that is there
+    (tmp_path/'b.int8.onnx').rename(tmp_path/'a.int8.onnx')
     toy(path, sha256='1'*64)
     with pytest.raises(ModelError, match='a copy of'): load(path, int8=True)
 
