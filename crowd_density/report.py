@@ -380,15 +380,16 @@ def lookalike_share(model, items)->float: # 0 to 1
 DEMO = dict(epochs=16, per_item=2, size=192, bs=8, lr=1.5e-3, frozen=1, last_cross=True, weight=[1., 1.5], patience=None)
 
 def _scenes(out, seed, images, held, size_hw, progress):
-    "Generated pictures with heads and look-alikes; the last `held` are never trained on"
+    "Generated pictures to train on, some of look-alikes alone, and others that no training sees"
     from crowd_density import synthetic
-    synthetic.write_dataset(out, images=images, seed=seed, size_hw=size_hw, test=held/images, masks=True, progress=progress)
-    return data.open_data(out)
+    synthetic.write_dataset(out/'scenes', images=images, seed=seed, size_hw=size_hw, test=0, empty=.15, progress=progress)
+    synthetic.write_dataset(out/'held', images=held, seed=seed+1, size_hw=size_hw, test=1, masks=True, progress=progress)
+    return data.open_data(out/'scenes'), data.open_data(out/'held')
 
-def _learn(d, out, seed, epochs, progress):
+def _learn(train, out, seed, epochs, progress):
     "Both experiments, briefly; returns the seconds that each took"
     from crowd_density import autoencoder, segmentation
-    train, took = d.select(split='train'), {}
+    took = {}
     for name, call in dict(
         prepare=lambda: preprocessing.prepare(train, out/'prepared', progress=progress),
         autoencoder=lambda: autoencoder.train_autoencoder(out/'prepared', out/'autoencoder', epochs=epochs, seed=seed, progress=progress),
@@ -461,7 +462,7 @@ def _experiment(r, model, items, run):
 # %% ../nbs/12_report.ipynb #12-report-074
 def demo(out, # folder
          seed=0, # of the scenes, the trainings and the clip
-         images=120, held=20, # generated pictures, and how many of them are kept from training
+         images=100, held=20, # generated pictures to learn from, and others to judge by
          size_hw=(480, 640), # `(height, width)` of a picture, pixels
          epochs=6, # of the autoencoder
          progress=None, # wraps what is long
@@ -470,13 +471,13 @@ def demo(out, # folder
     "The whole path on generated scenes: `report.html` and `demo.json`"
     out, start = Path(out), time.perf_counter()
     say = lambda o: print(f'{time.perf_counter()-start:5.0f} s  {o}', flush=True)
-    say(f'{images} generated scenes')
-    d = _scenes(out/'scenes', seed, images, held, size_hw, progress)
+    say(f'{images} generated scenes to learn from, {held} others to judge by')
+    train, test = _scenes(out, seed, images, held, size_hw, progress)
     say('heatmaps and masks; a short training of both experiments')
-    took, test = _learn(d, out, seed, epochs, progress), d.select(split='test')
+    took = _learn(train, out, seed, epochs, progress)
     say(f'evaluation on {len(test)} scenes that no training saw')
     models = {k: inference.load(out/k) for k in ('autoencoder', 'segmentation')}
-    runs = {k: evaluate_model(m, d, split='test', seed=seed, progress=progress) for k, m in models.items()}
+    runs = {k: evaluate_model(m, test, split='test', seed=seed, progress=progress) for k, m in models.items()}
     v = verdict(runs['segmentation']['pixel']['human']['f1'], lookalike_share(models['segmentation'], test))
     s = _clip_part(out/'clip', seed, progress, say) if clip else None
     took['all'] = time.perf_counter()-start
