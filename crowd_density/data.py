@@ -866,6 +866,7 @@ def _is_official(items):
         except DataError: continue
     return bool(hits) and np.mean(hits) > .7
 
+# %% ../nbs/00_data.ipynb #00-data-132
 @lru_cache(16)
 def _groups_once(stamped): return look_alikes([path for path, *_ in stamped])
 
@@ -886,7 +887,7 @@ def _sides(items, seed, valid=.2):
     else: groups = _groups_once(tuple(_stamped(f) for f in files))
     return [r['split'] for r in grouped_split(files, valid=valid, seed=seed, groups=groups)]
 
-# %% ../nbs/00_data.ipynb #00-data-132
+# %% ../nbs/00_data.ipynb #00-data-134
 SPLITS = 'train', 'tune', 'valid', 'test', 'all'
 
 def split_of(data,  # a `CrowdData`
@@ -907,7 +908,7 @@ def split_of(data,  # a `CrowdData`
     if not chosen: raise DataError(data.root, f'pictures for {split}', f'none in {data!r}')
     return data.new(chosen)
 
-# %% ../nbs/00_data.ipynb #00-data-135
+# %% ../nbs/00_data.ipynb #00-data-137
 _LEAK, _UNMARKED = 'the same photo as an official test picture', 'many heads have no point'
 EXCLUDED = {('A', 'train', n): _LEAK for n in (2, 60, 97, 121, 139, 154)} # (part, split, number) → reason
 EXCLUDED |= {('B', 'train', n): _UNMARKED for n in (202, 296, 396)}
@@ -925,7 +926,7 @@ def training_items(items,       # a `CrowdData`
     keep = [o for o in items if not (exclude and excluded(o))]
     return items.new(keep) if isinstance(items, CrowdData) else CrowdData(keep)
 
-# %% ../nbs/00_data.ipynb #00-data-138
+# %% ../nbs/00_data.ipynb #00-data-140
 UNUSABLE = 'unreadable picture', 'missing annotation', 'malformed annotation', 'ambiguous name'
 
 @dataclass(frozen=True)
@@ -938,7 +939,7 @@ class Problem:
     @property
     def unusable(self)->bool: return self.kind in UNUSABLE
 
-# %% ../nbs/00_data.ipynb #00-data-139
+# %% ../nbs/00_data.ipynb #00-data-141
 def _said(e): return f'expected {e.expected}, found {e.found}'
 
 def _point_problems(item, size_hw):
@@ -963,7 +964,7 @@ def _item_problems(item):
     small = _cv2().resize(rgb.mean(2), (64, 64), interpolation=_cv2().INTER_AREA)
     return _point_problems(item, rgb.shape[:2]), small.astype(np.float32)
 
-# %% ../nbs/00_data.ipynb #00-data-141
+# %% ../nbs/00_data.ipynb #00-data-143
 def _near_duplicates(data, thumbnails):
     "Pictures of different halves that look the same"
     if len({o.split for o in data}) < 2: return []
