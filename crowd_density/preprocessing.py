@@ -253,12 +253,12 @@ def _prepare_one(item, name, source, out, recipe, index):
     rgb = item.rgb()
     hw = rgb.shape[:2]
     d, square, n = density(points, hw, sigma), (size, size), len(inside(points, hw))
-    human = (d > .1/(2*np.pi*sigma**2)).astype(np.uint8)*255
+    human = (d > .1/(2*np.pi*sigma**2)).view(np.uint8)
     steps, scale = _sixteen(resize_density(d, square)*np.float32(HEAT))
-    share = round(float((human > 0).mean()), 6)
+    share = round(int(np.count_nonzero(human))/human.size, 6)
     pair = Pair(name, source, item.part, item.split, *hw, n, len(points) - n, share, scale, out)
     _put(out, f'images/{name}', _png(cv2.resize(rgb, square, interpolation=cv2.INTER_AREA)), index)
-    small = (cv2.resize(human, square, interpolation=cv2.INTER_AREA) > 127).astype(np.uint8)*255
+    small = (cv2.resize(human*np.uint8(255), square, interpolation=cv2.INTER_AREA) > 127).view(np.uint8)*np.uint8(255)
     _put(out, f'mask/{name}', _png(small), index)
     _put(out, f'heatmap/{name}', _png(steps, pair=json.dumps(pair.row()), key=key), index)
     return pair
