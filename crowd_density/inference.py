@@ -285,7 +285,7 @@ class Estimate:
     scale: float=1. # at which the picture was judged, 1 is its own size
     error: str|None=None # why there is no answer
     threshold: float=.5 # of `human`, from the card
-    peak: float=.25 # people around a local maximum that make a head
+    peak: float=.4 # people around a local maximum that make a head
     work: tuple|None=None # density as the model gave it and the sides of its cells, for `heads`
 
     def mask(self # (h, w) bool, True where people are
@@ -297,10 +297,10 @@ class Estimate:
 
     def heads(self, threshold=None # people around a maximum that make a head; the card's if None
              )->np.ndarray: # (n, 2) `(x, y)`, pixels
-        "Where heads are: local maxima of the density, refined by what lies around them"
+        "Where heads are: local maxima of the density, one person after the other"
         if self.density is None: return np.zeros((0, 2), np.float32)
         d, step = self.work or (self.density, (self.cell, self.cell))
-        return _peaks(d, step, self.size_hw, self.peak if threshold is None else threshold)
+        return _heads(d, step, self.size_hw, self.peak if threshold is None else threshold)
 
 # %% ../nbs/07_inference.ipynb #07-inference-045
 def _half_mask(density, size_hw):
@@ -309,22 +309,35 @@ def _half_mask(density, size_hw):
     fine = cv2.resize(density, (density.shape[1]*CELL//2, density.shape[0]*CELL//2), interpolation=cv2.INTER_LINEAR)
     return (fine[:h, :w] > LEVEL*CELL**2).astype(np.uint8)
 
-def _peaks(density, # (m, n) people per cell
+def _one_person(p # (3, 3) people around a maximum
+               )->np.ndarray: # (3, 3) the part of them that makes one person
+    "The middle cell first, then its neighbours in proportion"
+    s, middle = float(p.sum()), float(p[1, 1])
+    if s <= 1: return p.copy()
+    take = np.zeros((3, 3), np.float32) if middle >= 1 else p*((1-middle)/(s-middle))
+    take[1, 1] = min(middle, 1)
+    return take
+
+def _heads(density, # (m, n) people per cell
            step, # sides of a cell, pixels
            size_hw, # `(height, width)` of the picture
            threshold # people within 3x3 cells that make a head
           )->np.ndarray: # (k, 2) `(x, y)`, pixels
-    "Local maxima of a density map, each at the centre of mass of its 3x3 cells"
-    kernel, d = np.ones((3, 3), np.float32), density.astype(np.float32)
-    border = dict(borderType=cv2.BORDER_CONSTANT)
-    around = cv2.filter2D(d, -1, kernel, **border)
-    before = np.array([[1, 1, 1], [1, 0, 0], [0, 0, 0]], np.uint8) # of equal neighbours the first wins
-    y, x = np.nonzero((d > cv2.dilate(d, before)) & (d >= cv2.dilate(d, before[::-1, ::-1].copy())) & (around > threshold))
-    if not len(y): return np.zeros((0, 2), np.float32)
-    ky, kx = np.mgrid[-1:2, -1:2].astype(np.float32)
-    dy, dx = (cv2.filter2D(d, -1, k, **border)[y, x]/around[y, x] for k in (ky, kx))
-    xy = np.stack([(x+.5+dx)*step[1], (y+.5+dy)*step[0]], 1)
-    return np.clip(xy, 0, np.array(size_hw[::-1])-1).astype(np.float32)
+    "One person at a time is taken out of the map around its maximum, and stands at the centre of mass of what was taken"
+    d, xy, off = np.pad(density.astype(np.float32), 1), [], np.arange(-1, 2)
+    rows = d.max(1)
+    while rows.max() > threshold/9:
+        y = int(rows.argmax())
+        x = int(d[y].argmax())
+        p = d[y-1:y+2, x-1:x+2]
+        if p.sum() < threshold: p[1, 1] = 0
+        else:
+            take = _one_person(p)
+            xy.append((x-.5 + (take.sum(0)*off).sum()/take.sum(), y-.5 + (take.sum(1)*off).sum()/take.sum()))
+            p -= take
+            p[np.abs(p) < 1e-6] = 0
+        rows[y-1:y+2] = d[y-1:y+2].max(1)
+    return np.clip(np.array(xy, np.float32).reshape(-1, 2)*step[::-1], 0, np.array(size_hw[::-1])-1).astype(np.float32)
 
 # %% ../nbs/07_inference.ipynb #07-inference-048
 def _quantiles(r, level):
@@ -592,7 +605,7 @@ def _count(model, rgb, scale):
     far = unlike(rule.get('like'), features(rgb, density)) if rule.get('like') else 0.
     low, high = interval(rule, n, far)
     return Estimate(n, low, high, float(_half_mask(density, size).mean()), density, CELL, size, unlike=far, scale=at,
-                    peak=card.get('threshold') or .25, work=(work, step))
+                    peak=card.get('threshold') or .4, work=(work, step))
 
 def _segment(model, rgb, scale):
     "Estimate of a segmentation model"

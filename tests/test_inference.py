@@ -244,18 +244,24 @@ def test_heads_at_any_scale():
         np.testing.assert_allclose(e.heads(), [[5.5*step[1], 4.5*step[0]], [30.5*step[1], 20.5*step[0]]], rtol=1e-4)
     assert Estimate(size_hw=(64, 64)).heads().shape == (0, 2) and not Estimate(size_hw=(64, 64)).mask().any()
 
-@given(st.integers(0, 99), st.floats(.05, .9))
+@given(st.integers(0, 99), st.floats(.1, 1))
 @settings(max_examples=30, deadline=None)
-def test_heads_lie_inside_and_fall_with_the_threshold(seed, threshold):
-    d = np.random.default_rng(seed).random((12, 17)).astype(np.float32)**4
+def test_heads_lie_inside_and_are_no_more_than_people(seed, threshold):
+    d = np.random.default_rng(seed).random((12, 17)).astype(np.float32)**4*3
     e = Estimate(density=d, size_hw=(90, 131))
     xy = e.heads(threshold)
-    assert (xy >= 0).all() and (xy[:, 0] < 131).all() and (xy[:, 1] < 90).all() and len(e.heads(threshold*2)) <= len(xy)
+    assert (xy >= 0).all() and (xy[:, 0] < 131).all() and (xy[:, 1] < 90).all() and len(xy) <= d.sum()/threshold + 1e-3
+
+def test_a_full_cell_holds_several_heads():
+    d = np.full((10, 10), .5, np.float32)
+    d[4, 4] = 3
+    e = Estimate(53.5, density=d, size_hw=(80, 80))
+    assert abs(len(e.heads()) - d.sum()) <= .15*d.sum()
 
 def test_equal_neighbours_make_one_head():
     d = np.zeros((12, 12), np.float32)
     d[4:6, 4:6] = .25
-    np.testing.assert_allclose(Estimate(density=d, size_hw=(96, 96)).heads(), [[40, 40]], atol=4.1)
+    np.testing.assert_allclose(Estimate(density=d, size_hw=(96, 96)).heads(), [[40, 40]], atol=1e-3)
 
 # Intervals
 counts = st.lists(st.tuples(st.floats(0, 3000), st.floats(0, 3000)), min_size=2, max_size=80)
