@@ -524,7 +524,7 @@ class Model:
         self.stride = int(self.card.get('stride') or 8) if self.task == 'counting' else 1
         self.multiple = int(self.card.get('multiple') or 32)
         self.mean, self.std = (np.asarray(self.card.get(k) or [.5]*3, np.float32) for k in ('mean', 'std'))
-        self.gain = float(self.card.get('gain') or 1) # what an int8 copy loses on average
+        self.gain = float(self.card.get('int8_gain') or 1) # makes up for what an int8 copy loses on average
         self.whole, self.budget, self.margin = 2**20, BUDGET.get(self.task, 2**20), MARGIN.get(self.task, 128)
 
     def __repr__(self): return f"Model({self.task}, {self.path.name}, sha256 {str(self.card.get('sha256'))[:12]})"
@@ -835,7 +835,7 @@ def quantise(path, # ONNX file
     with atomic(out) as tmp: onnx.save(proto, str(tmp))
     if model.task == 'counting':
         sums = [sum(tile_map(m, x)[0].sum(dtype=float) for x in rgbs) for m in (model, Model(out))]
-        update_card(out, gain=round(float(np.clip(sums[0]/max(sums[1], 1e-6), .8, 1.25)), 5))
+        update_card(out, int8_gain=round(float(np.clip(sums[0]/max(sums[1], 1e-6), .8, 1.25)), 5))
     return out
 
 # %% ../nbs/07_inference.ipynb #07-inference-116
