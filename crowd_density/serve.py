@@ -7,7 +7,8 @@ __all__ = ['MAX_BODY', 'AtDesk', 'Finite', 'Since', 'Zone', 'Limited', 'api', 'F
            'is_local', 'Limit', 'Access', 'TooLong', 'Guard', 'Broker', 'sse', 'stream', 'Desk', 'desk_of', 'CameraOut',
            'ZoneOut', 'EventOut', 'SeenEvent', 'Seen', 'CountOut', 'Problem', 'seconds', 'find_zone', 'cameras',
            'zones', 'readings', 'events', 'acknowledge', 'live', 'heat_rgba', 'picture', 'density', 'count', 'health',
-           'ready', 'metrics', 'page', 'front', 'session', 'login_page', 'login', 'logout', 'create_app', 'serve']
+           'ready', 'metrics', 'page', 'front', 'session', 'login_page', 'login', 'logout', 'create_app', 'Server',
+           'serve']
 
 # %% ../nbs/11_serve.ipynb #11-serve-003
 import asyncio, hashlib, hmac, ipaddress, json as jsonlib, os, re, secrets, socket, threading, time
@@ -20,7 +21,7 @@ from importlib.resources import files
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-import cv2
+import cv2, uvicorn
 import numpy as np
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
@@ -101,14 +102,14 @@ class Access:
 # %% ../nbs/11_serve.ipynb #11-serve-011
 MAX_BODY = 25_000_000
 _SAFE, _FREE = {'GET', 'HEAD', 'OPTIONS'}, {'/health', '/ready', '/login'}
-_HEADERS = {'x-content-type-options': 'nosniff', 'x-frame-options': 'DENY', 'referrer-policy': 'no-referrer', 'cross-origin-opener-policy': 'same-origin',
+_HEADERS = {'x-content-type-options': 'nosniff', 'x-frame-options': 'DENY', 'referrer-policy': 'same-origin', 'cross-origin-opener-policy': 'same-origin',
             'cross-origin-resource-policy': 'same-origin', 'permissions-policy': 'camera=(), microphone=(), geolocation=()', 'cache-control': 'no-store'}
 _POLICY = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 
 def _foreign(request)->bool:
     "Did the page of another site send this?"
     site, origin = request.headers.get('sec-fetch-site'), request.headers.get('origin')
-    if site is not None and site not in ('same-origin', 'none'): return True
+    if site is not None: return site not in ('same-origin', 'none')
     return origin is not None and urlsplit(origin).netloc != request.headers.get('host')
 
 def _refuse(request, access, hosts):
@@ -181,7 +182,10 @@ class Broker:
             except asyncio.QueueFull: self.queues.discard(q)
 
     def close(self):
-        for q in list(self.queues): self.queues.discard(q)
+        "End all streams"
+        while self.queues:
+            q = self.queues.pop()
+            if not q.full(): q.put_nowait((None, None))
 
 def sse(kind, data, id=None)->str:
     "One message of server-sent events"
@@ -335,9 +339,9 @@ api = APIRouter(responses={s: _PROBLEMS[s] for s in (401, 403, 421)})
 # %% ../nbs/11_serve.ipynb #11-serve-023
 def _camera_out(w)->dict:
     "A camera for `/api/cameras`"
-    age = None if w.picture is None else w.picture.age()
+    age, reason = None if w.picture is None else w.picture.age(), w.source.problem or w.reason
     stale = age is None or age > w.camera.stale_after
-    reason = w.source.problem or w.reason or (f'no picture for {age:.0f} s' if stale else None)
+    if stale and reason is None: reason = 'no picture yet' if age is None else f'no picture for {age:.0f} s'
     return dict(name=w.name, source=w.camera.label, rate=w.camera.rate, stale_after=w.camera.stale_after, size=w.size_hw and w.size_hw[::-1], good=not stale and reason is None,
                 reason=reason, age=age, judged=w.judged, refused=w.refused, losses=w.source.losses, zones=list(w.zones))
 
@@ -567,6 +571,16 @@ def create_app(site=None, # a site file, or a `Site`
     return app
 
 # %% ../nbs/11_serve.ipynb #11-serve-045
+class Server(uvicorn.Server):
+    "A server that ends the pages' streams when it is told to stop, instead of waiting for them"
+    def __init__(self, app, **kwargs): # for `uvicorn.Config`
+        super().__init__(uvicorn.Config(app, **{**dict(log_level='warning', server_header=False, timeout_graceful_shutdown=3, timeout_keep_alive=15), **kwargs}))
+
+    async def shutdown(self, sockets=None):
+        self.config.app.state.desk.broker.close()
+        await super().shutdown(sockets)
+
+# %% ../nbs/11_serve.ipynb #11-serve-046
 def _listen(host, port):
     "A listening socket"
     try:
@@ -587,7 +601,6 @@ def serve(site, # a site file, or a `Site`
           started=None # called with the address when it listens
          )->int: # 0
     "Watch a site, show it on a page and answer machines, until a signal comes"
-    import uvicorn
     env = os.environ.get
     token, password = token or env('CROWD_DENSITY_TOKEN'), password or env('CROWD_DENSITY_PASSWORD_HASH') or env('CROWD_DENSITY_PASSWORD')
     if not is_local(host) and not (token or password):
@@ -598,11 +611,9 @@ def serve(site, # a site file, or a `Site`
         watcher = make_watcher(site, model, threads, history, keep_days, realtime=True, loop=loop, snapshots=snapshots, pixelate=pixelate)
         watcher.sinks = make_sinks(json, webhook, webhook_secret, mqtt)
         app = create_app(watcher=watcher, token=token, password=password, hosts=[host])
-        config = uvicorn.Config(app, log_level='warning', server_header=False, timeout_graceful_shutdown=2, timeout_keep_alive=15,
-                                ssl_certfile=certificate, ssl_keyfile=key)
         address = f'http{"s" if certificate else ""}://{host}:{sock.getsockname()[1]}/'
         (started or (lambda a: print(f'watching {len(watcher.cameras)} camera(s); the page is at {a}', flush=True)))(address)
-        uvicorn.Server(config).run(sockets=[sock])
+        Server(app, ssl_certfile=certificate, ssl_keyfile=key).run(sockets=[sock])
     except KeyboardInterrupt: pass
     finally: sock.close()
     return 0
