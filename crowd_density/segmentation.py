@@ -649,7 +649,8 @@ def settle(model, # U-Net
     for part, o in scores.items():
         o.calibration = calibration
         t = o.table(threshold)
-        figures[f'tune {part}'.strip()] = {k: round(float(v), 4) for k, v in (t['human'] | dict(density_r2=t['density_r2'], n=len(o.shares))).items()}
+        said = t['human'] | dict(density_r2=t['density_r2'], n=len(o.shares))
+        figures[f'tune {part}'.strip()] = {k: round(v, 4) if isinstance(v, float) else int(v) for k, v in said.items()}
     return threshold, calibration, figures
 
 # %% ../nbs/04_segmentation.ipynb #04-segmentat-093
