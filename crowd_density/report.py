@@ -212,19 +212,23 @@ def per_image(a)->list: # dicts
 # %% ../nbs/12_report.ipynb #12-report-028
 _COUNTS = dict(mae='MAE, people', rmse='RMSE, people', nae='NAE, error over true count', r2='R² of counts', bias='bias, people')
 
+def _span(pair):
+    "An interval in words"
+    return ' to '.join(f'{v:,.0f}' if abs(v) >= 100 else f'{v:.3g}' for v in pair) if pair else ''
+
 def _rows(names, ours, theirs, ci=None):
     "Rows `(name, ours, 95 % interval, baseline)` for those of `names` that are there"
-    def span(k): return f'{ci[k][0]:.3g} to {ci[k][1]:.3g}' if ci and k in ci else ''
-    return [[label, ours[k], span(k), theirs.get(k)] for k, label in names.items() if k in ours]
+    return [[label, ours[k], _span((ci or {}).get(k)), theirs.get(k)] for k, label in names.items() if k in ours]
 
 def count_table(r):
     "Counts: errors, GAME, localisation, coverage"
     rows, b = _rows(_COUNTS, r, r['baseline'], r['bootstrap']), r['baseline']
     rows += [[f'GAME({n}), people', v, '', b['game'][n]] for n, v in enumerate(r['game'])]
     for s, d in r.get('localisation', {}).items(): rows += [[f'localisation {k} at {s} px', d[k], '', b['localisation'][s][k]] for k in d]
-    if c := r.get('coverage'): rows.append([f"truth inside the {100*c['level']:.0f} % interval, share", c['covered'], f"{c['low']:.3g} to {c['high']:.3g}", None])
+    if c := r.get('coverage'): rows.append([f"truth inside the {100*c['level']:.0f} % interval, share", c['covered'], _span((c['low'], c['high'])), None])
     return f"Counts, {r['n']} pictures", ['figure', 'model', '95 % interval', 'always the mean'], rows
 
+# %% ../nbs/12_report.ipynb #12-report-030
 def pixel_table(r, key='pixel', title='Pixels, human from a tenth of a lone head\'s peak', classes=('human', 'background', 'macro', 'weighted')):
     "The report's table 2"
     p, b = r[key], r['baseline'][key]
@@ -233,7 +237,7 @@ def pixel_table(r, key='pixel', title='Pixels, human from a tenth of a lone head
     names = dict(density_r2='R² of the share of people', density_r2_hard='the same from the hard mask', density_corr2='squared correlation of the share')
     return title, ['figure', 'model', 'all background'], rows + [[v, p[k], b[k]] for k, v in names.items() if k in p]
 
-# %% ../nbs/12_report.ipynb #12-report-030
+# %% ../nbs/12_report.ipynb #12-report-032
 def heat_table(r):
     "Experiment 1"
     p, z, m = r['heatmap'], r['baseline']['heatmap'], r['baseline']['heatmap_mean']
@@ -249,7 +253,7 @@ def tables(r # what `evaluate_model` gave
     if 'pixel_half_peak' in r: out.append(pixel_table(r, 'pixel_half_peak', 'Pixels, human from half a peak', ('human',)))
     return out
 
-# %% ../nbs/12_report.ipynb #12-report-038
+# %% ../nbs/12_report.ipynb #12-report-040
 STYLE = '''body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1b1f24;background:#fff}
 h1,h2{line-height:1.2}h2{margin-top:2.5rem;border-bottom:1px solid #d0d7de;padding-bottom:.3rem}
 table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}caption{text-align:left;font-weight:600;padding:.3rem 0}
@@ -267,7 +271,7 @@ def text(s, cls=''):
     "A paragraph"
     return f'<p class="{cls}">{html.escape(s)}</p>' if cls else f'<p>{html.escape(s)}</p>'
 
-# %% ../nbs/12_report.ipynb #12-report-040
+# %% ../nbs/12_report.ipynb #12-report-042
 def number(o):
     "A cell of a table"
     return '' if o is None or o != o else f'{o:,.3f}' if isinstance(o, float) else f'{o:,}' if isinstance(o, int) else str(o)
@@ -278,7 +282,7 @@ def html_table(title, head, rows):
     body = ''.join(f'<tr>{cells("td", r)}</tr>' for r in rows)
     return f'<table><caption>{html.escape(title)}</caption><tr>{cells("th", head)}</tr>{body}</table>'
 
-# %% ../nbs/12_report.ipynb #12-report-042
+# %% ../nbs/12_report.ipynb #12-report-044
 def picture(rgb, caption='', width=None, quality=82):
     "A picture (h, w, 3) as JPEG"
     from PIL import Image
@@ -295,14 +299,14 @@ def _figure(uri, caption):
     c = html.escape(caption)
     return f'<figure><img alt="{c}" src="{uri}"><figcaption>{c}</figcaption></figure>'
 
-# %% ../nbs/12_report.ipynb #12-report-044
+# %% ../nbs/12_report.ipynb #12-report-046
 def page(title, sections, lead='')->str: # HTML
     "One self-contained page of `(heading, blocks)`"
     body = ''.join(f'<h2>{html.escape(h)}</h2>{"".join(blocks)}' for h, blocks in sections)
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>{lead}{body}</body></html>\n')
 
-# %% ../nbs/12_report.ipynb #12-report-048
+# %% ../nbs/12_report.ipynb #12-report-050
 def target_and_map(model, item)->tuple: # `(target, prediction, picture)`
     "What `model` should have said of one picture, what it said, and the picture"
     rgb = item.rgb()
@@ -317,7 +321,7 @@ def triptychs(model, items, captions=None):
     "Target, prediction and original of `items`"
     return evaluation.triptych([target_and_map(model, o) for o in items], what=_UNITS[model.task], captions=captions or [o.name for o in items])
 
-# %% ../nbs/12_report.ipynb #12-report-050
+# %% ../nbs/12_report.ipynb #12-report-052
 def plots(r, a, model, n=3)->dict: # name to matplotlib figure
     "The pictures of a run"
     what = 'share of the picture' if a.task == 'segmentation' else 'people'
@@ -342,7 +346,7 @@ def write_figures(folder, r, a, model):
     lead = text(f"{model.task}, {r['n']} pictures, split {r['split']}" + (f", part {r['part']}" if r['part'] else ''))
     with atomic(folder/'report.html') as p: p.write_text(page('crowd_density: an evaluation', sections, lead), encoding='utf-8')
 
-# %% ../nbs/12_report.ipynb #12-report-054
+# %% ../nbs/12_report.ipynb #12-report-056
 def losses(run # folder of a run
           ): # matplotlib figure, or None
     "Training and validation loss of a run"
@@ -354,7 +358,7 @@ def losses(run # folder of a run
     history = {k: [float(o[k]) for o in rows if o[k]] for k in names}
     return evaluation.curves({k: v for k, v in history.items() if v}) if history else None
 
-# %% ../nbs/12_report.ipynb #12-report-057
+# %% ../nbs/12_report.ipynb #12-report-059
 GOALS = dict(human_f1=.60, lookalikes=.10)
 
 def verdict(f1, # human F1 on held-out scenes
@@ -366,7 +370,7 @@ def verdict(f1, # human F1 on held-out scenes
         short.append(f'{100*lookalikes:.0f} % of look-alike pixels are called human, expected at most {100*GOALS["lookalikes"]:.0f} %')
     return dict(ok=not short, human_f1=f1, lookalikes_called_human=lookalikes, short=short)
 
-# %% ../nbs/12_report.ipynb #12-report-060
+# %% ../nbs/12_report.ipynb #12-report-062
 def lookalike_share(model, items)->float: # 0 to 1
     "Share of the look-alikes' pixels, over all `items`, that `model` calls human"
     called = n = 0
@@ -376,7 +380,7 @@ def lookalike_share(model, items)->float: # 0 to 1
         called, n = called + int((model.predict(o.rgb()).mask() & mask).sum()), n + int(mask.sum())
     return called/n if n else math.nan
 
-# %% ../nbs/12_report.ipynb #12-report-063
+# %% ../nbs/12_report.ipynb #12-report-065
 DEMO = dict(epochs=16, per_item=2, size=192, bs=8, lr=1.5e-3, frozen=1, last_cross=True, weight=[1., 1.5], patience=None)
 
 def _scenes(out, seed, images, held, size_hw, progress):
@@ -399,7 +403,7 @@ def _learn(train, out, seed, epochs, progress):
         took[name] = time.perf_counter()-start
     return took
 
-# %% ../nbs/12_report.ipynb #12-report-065
+# %% ../nbs/12_report.ipynb #12-report-067
 def story(lines, # dicts: readings and events as `watch` writes them
           truth # `(seconds, people per m²)` rows
          )->dict: # readings, levels, critical, cleared, truly
@@ -423,7 +427,7 @@ def told(s)->str:
     n = len(s['critical'])
     return f"Critical {'once' if n == 1 else f'{n} times'}, after {s['critical'][0]:.0f} s{back}{true}."
 
-# %% ../nbs/12_report.ipynb #12-report-067
+# %% ../nbs/12_report.ipynb #12-report-069
 def _watched(out, seed, progress, model):
     "Generate the clip, watch it, and tell its story"
     import csv
@@ -434,7 +438,7 @@ def _watched(out, seed, progress, model):
     with open(out/'events.jsonl', encoding='utf-8') as f: lines = [json.loads(o) for o in f if o.strip()]
     return story(lines, truth) | dict(truth=truth, status=status)
 
-# %% ../nbs/12_report.ipynb #12-report-069
+# %% ../nbs/12_report.ipynb #12-report-071
 def story_plot(s):
     "Density over time: the truth, the readings, and where the level changed"
     fig = Figure(figsize=(9, 3.2), layout='constrained')
@@ -448,7 +452,7 @@ def story_plot(s):
     ax.legend()
     return fig
 
-# %% ../nbs/12_report.ipynb #12-report-072
+# %% ../nbs/12_report.ipynb #12-report-074
 def _experiment(r, model, items, run):
     "Tables and pictures of one experiment of the demo"
     fig = losses(run)
@@ -459,7 +463,7 @@ def _experiment(r, model, items, run):
     blocks.append(plot(evaluation.scatter(true, predicted, what), _CAPTIONS['scatter']))
     return blocks + [plot(triptychs(model, items[:3]), 'Target, prediction, original')]
 
-# %% ../nbs/12_report.ipynb #12-report-074
+# %% ../nbs/12_report.ipynb #12-report-076
 def demo(out, # folder
          seed=0, # of the scenes, the trainings and the clip
          images=100, held=20, # generated pictures to learn from, and others to judge by
@@ -486,7 +490,7 @@ def demo(out, # folder
     say(f'{out/"report.html"}, {out/"demo.json"}')
     return 0 if v['ok'] and (s is None or s.get('ok', True)) else 1
 
-# %% ../nbs/12_report.ipynb #12-report-075
+# %% ../nbs/12_report.ipynb #12-report-077
 def _clip_part(out, seed, progress, say):
     "The clip, where a counting model ships"
     try: inference.model_path('counting')
@@ -508,7 +512,7 @@ def _write_demo(out, runs, v, s, took, models, test, seed):
     with atomic(out/'demo.json') as p: p.write_text(json.dumps(evaluation.jsonable(figures), ensure_ascii=False, indent=1, allow_nan=False), encoding='utf-8')
     with atomic(out/'report.html') as p: p.write_text(page('crowd_density: the demo on generated scenes', sections, lead), encoding='utf-8')
 
-# %% ../nbs/12_report.ipynb #12-report-078
+# %% ../nbs/12_report.ipynb #12-report-080
 _KEPT = 'n part split every mae rmse nae r2 bias game localisation pixel heatmap coverage bootstrap'.split()
 
 def summary(r # what `evaluate_model` gave
@@ -531,7 +535,7 @@ def _card(path):
     "The card in a file of weights"
     return inference.update_card(path) if Path(path).suffix == '.safetensors' else inference.load(path).card
 
-# %% ../nbs/12_report.ipynb #12-report-079
+# %% ../nbs/12_report.ipynb #12-report-081
 def _cards():
     "Card of each model that ships, by name"
     folder = Path(__file__).parent/'weights'
@@ -540,7 +544,7 @@ def _cards():
 def _lines(name, label, f):
     "Rows of the table of results for one evaluation"
     b, ci = f.get('baseline', {}), f.get('bootstrap', {})
-    def row(what, ours, theirs, k=None): return f"| {name} | {label}, {f['n']} pictures | {what} | {ours} | {_ci(ci.get(k))} | {theirs} |"
+    def row(what, ours, theirs, k=None): return f"| {name} | {label}, {f['n']} pictures | {what} | {ours} | {_span(ci.get(k))} | {theirs} |"
     if 'mae' in f:
         yield row('MAE / RMSE, people', f"{f['mae']:.1f} / {f['rmse']:.1f}", f"{b['mae']:.1f} / {b['rmse']:.1f}" if 'mae' in b else '', 'mae')
         yield row('R² of counts', f"{f['r2']:.3f}", f"{b['r2']:.3f}" if 'r2' in b else '')
@@ -550,9 +554,7 @@ def _lines(name, label, f):
             ' / '.join(f'{bh[k]:.3f}' for k in ('recall', 'precision', 'f1')) if bh else '', 'human_f1')
         yield row('R² of the share of people', f"{f['pixel']['density_r2']:.3f}", f"{b['pixel']['density_r2']:.3f}" if bh else '', 'density_r2')
 
-def _ci(pair): return f'{pair[0]:.3g} to {pair[1]:.3g}' if pair else ''
-
-# %% ../nbs/12_report.ipynb #12-report-082
+# %% ../nbs/12_report.ipynb #12-report-084
 def results_table(cards=None # name to card; those that ship if None
                  )->str: # markdown
     "README's table of results"
