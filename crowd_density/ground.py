@@ -25,7 +25,7 @@ try: import tomllib
 except ImportError: import tomli as tomllib # Python 3.10
 from fastcore.basics import patch
 from PIL import Image, ImageDraw
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, PrivateAttr, ValidationError
 from scipy.optimize import least_squares
 from scipy.sparse import csr_matrix
 
@@ -264,12 +264,17 @@ def from_horizon(cls:Ground, horizon_px, # (2, 2) two points of the horizon, pix
     if len(ends) + bool(camera_height_m) + bool(fov_deg) < 2 or not len(ends):
         more = "with the horizon a length, and a second one, the camera's height or its field of view"
         raise GroundError('calibration', more, f'{len(ends)} length(s)')
-    f0 = size_hw[1]/2/np.tan(np.radians(fov_deg or 60)/2)
+    f0, height = size_hw[1]/2/np.tan(np.radians(fov_deg or 60)/2), camera_height_m or 5.
+    if not 2 <= height < 400: raise GroundError('calibration', 'a camera 2 to 400 m up', f'camera_height_m = {height}')
+    w = _apply(_horizon_matrix(horizon_px, size_hw, f0, height), ends)[1]
+    if not (w > 1e-9).all(): raise GroundError('calibration', 'lengths below the horizon', 'a point at it or above')
     def off(p):
         g = _apply(_horizon_matrix(horizon_px, size_hw, f0*np.exp(p[0]), np.exp(p[1])), ends)[0]
         known = [(p[0], fov_deg), (p[1]-np.log(camera_height_m or 1), camera_height_m)]
         return np.append(np.log(np.linalg.norm(g[:, 0]-g[:, 1], axis=1)/metres), [20*v for v, given in known if given])
-    fit = least_squares(off, [0., np.log(camera_height_m or 5)], bounds=([-2, -2], [3, 6]))
+    with np.errstate(all='ignore'): start = off([0., np.log(height)])
+    if not np.isfinite(start).all(): raise GroundError('calibration', 'lengths between different points', 'none between')
+    fit = least_squares(off, [0., np.log(height)], bounds=([-2, -2], [3, 6]))
     loose = np.linalg.cond(fit.jac) > 1e6 or np.linalg.inv(fit.jac.T@fit.jac).diagonal().max() > 10**2
     if loose: raise GroundError('calibration', 'a length across and one away from the camera',
                                 'lengths that leave the focal length open')
@@ -281,14 +286,14 @@ def from_horizon(cls:Ground, horizon_px, # (2, 2) two points of the horizon, pix
                size_hw=tuple(size_hw), **kwargs)
 
 # %% ../nbs/08_ground.ipynb #08-ground-045
-def _samples(size_hw, cell, k=(8, 4)):
-    "k[0] x k[1] points inside each cell: pixels (rows, columns, k0*k1, 2), and which lie inside the picture"
-    (h, w), (ky, kx) = size_hw, k
-    y, x = ((np.arange(-(-n//cell)*i)+.5)*cell/i for n, i in ((h, ky), (w, kx)))
-    y, x = np.repeat(y, len(x)).reshape(len(y), len(x)), np.tile(x, (len(y), 1))
-    xy = np.stack([x, y], -1).reshape(len(y)//ky, ky, x.shape[1]//kx, kx, 2).swapaxes(1, 2)
-    xy = xy.reshape(*xy.shape[:2], ky*kx, 2)
-    return xy, (xy[..., 0] < w) & (xy[..., 1] < h)
+_GAUSS = .5+np.array([-1, 1])/12**.5 # of Gauss and Legendre: exact for cubic functions
+
+def _samples(size_hw, cell, ij, y, x):
+    "Points at parts `y`, `x` of each cell `ij` (n, 2): pixels (n, k, 2), and the cells' size in the picture, pixels²"
+    low = ij*cell
+    size = np.minimum(low+cell, size_hw)-low
+    at = np.stack(np.meshgrid(y, x, indexing='ij'), -1).reshape(-1, 2)
+    return (low[:, None]+at*size[:, None])[..., ::-1], size.prod(1)
 
 def _sample_areas(ground, xy, height_m):
     "Ground area of a square pixel at `xy` of things `height_m` above the ground, m²; NaN above the horizon"
@@ -305,10 +310,11 @@ def cell_area(self:Ground, size_hw, # `(height, width)` of the picture, pixels
     "Ground that each cell of a map covers; NaN beyond the horizon or the calibrated ground, and above `max_cell_m2`"
     g = self.at(size_hw)
     height_m = g.head_m if height_m is None else height_m
-    xy, inside = _samples(size_hw, cell)
-    area = np.where(inside, _sample_areas(g, xy, height_m), 0).mean(-1)*cell**2
-    full = area/inside.mean(-1)
-    middle = g.to_ground(np.stack(np.meshgrid(*((np.arange(n)+.5)*cell for n in area.shape[::-1])), -1), height_m)
+    shape = tuple(-(-n//cell) for n in size_hw)
+    xy, size = _samples(size_hw, cell, np.indices(shape).reshape(2, -1).T, _GAUSS, _GAUSS)
+    a = _sample_areas(g, xy, height_m).mean(1)
+    area, full = (a*size).reshape(shape), (a*cell**2).reshape(shape)
+    middle = g.to_ground(xy.mean(1), height_m).reshape(*shape, 2)
     known = np.isfinite(middle).all(-1) & (full <= g.max_cell_m2)
     x, y = np.moveaxis(np.nan_to_num(middle, nan=1e9), -1, 0)
     if g.trusted is not None: known &= shapely.contains_xy(g.trusted, x, y)
@@ -374,7 +380,7 @@ class Calibration(_Model):
     camera_height_m: float|None=Field(None, gt=0)
     camera_m: Point|None=None
     head_m: float=Field(1.6, ge=0, lt=3)
-    size_px: tuple[int, int]|None=None # width, height of the calibrated picture
+    size_px: tuple[PositiveInt, PositiveInt]|None=None # width, height of the calibrated picture
     margin: float=Field(.5, ge=0)
     max_cell_m2: float=Field(4., gt=0)
 
@@ -654,8 +660,8 @@ def _shares(ground, polygon, size_hw, cells, cell):
     cut = shapely.intersection(quads, polygon)
     part = shapely.area(cut)/np.maximum(shapely.area(quads), 1e-12)
     ij, cut, part = (a[part > 1e-9] for a in (ij, cut, part))
-    xy, inside = (a[ij[:, 0], ij[:, 1]] for a in _samples(size_hw, cell))
-    at, weight = ground.to_ground(xy, ground.head_m), np.where(inside, _sample_areas(ground, xy, ground.head_m), 0)
+    xy, _ = _samples(size_hw, cell, ij, (np.arange(8)+.5)/8, (np.arange(4)+.5)/4)
+    at, weight = ground.to_ground(xy, ground.head_m), _sample_areas(ground, xy, ground.head_m)
     weight = np.where(shapely.contains_xy(polygon, at[..., 0], at[..., 1]), weight, 0)
     lone = weight.sum(1) <= 0 # cut so thin that no point fell into it
     at[lone], weight[lone] = shapely.get_coordinates(shapely.centroid(cut[lone]))[:, None], 1
@@ -666,7 +672,9 @@ def _shares(ground, polygon, size_hw, cells, cell):
 def _plan(camera, zone, size_hw, cell):
     "Work out how `zone` is measured on maps of this size"
     ground = camera.ground.at(size_hw)
-    polygon, cells = zone_polygon(zone, ground), ground.cell_area(size_hw, cell)
+    polygon, key = zone_polygon(zone, ground), (None, size_hw, cell)
+    if key not in camera._plans: camera._plans[key] = ground.cell_area(size_hw, cell)
+    cells = camera._plans[key]
     corner, step, shape = _raster(polygon)
     area, known = _known_area(ground, polygon, size_hw, cells, cell)
     number, at, part = _shares(ground, polygon, size_hw, cells, cell)
@@ -926,7 +934,7 @@ _PAGE_HEADERS = {'Cache-Control': 'no-store', 'X-Content-Type-Options': 'nosniff
                  'Cross-Origin-Resource-Policy': 'same-origin'}
 _POLICY = ("default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src 'nonce-{0}'; "
            "script-src 'nonce-{0}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-_NOT_OURS = ValueError, TypeError, KeyError, IndexError, AttributeError, np.linalg.LinAlgError
+_NOT_OURS = ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError
 
 class _Page(BaseHTTPRequestHandler):
     "The calibrate page: `/`, `/image`, `/start`, `/solve`, `/save`, `/close`"

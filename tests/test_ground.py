@@ -72,12 +72,12 @@ def test_camera_is_found(cam):
 @given(cameras, st.sampled_from([8, 16, 31]))
 def test_cell_area_is_the_shoelace(cam, cell):
     m = cam.square()
-    g = Ground.fit(cam.px(m), m, camera_height_m=cam.at[2], size_hw=SIZE, margin=2., max_cell_m2=1e3)
+    g = Ground.fit(cam.px(m), m, camera_height_m=cam.at[2], size_hw=SIZE, margin=2.)
     area = g.cell_area(SIZE, cell)
     ij = np.argwhere(np.isfinite(area[:480//cell, :640//cell]))
     for i, j in ij[::max(1, len(ij)//12)]:
         q = g.to_ground(np.array([[j, i], [j+1, i], [j+1, i+1], [j, i+1]])*cell, 1.6)
-        assert area[i, j] == pytest.approx(shapely.Polygon(q).area, rel=.02)
+        assert area[i, j] == pytest.approx(shapely.Polygon(q).area, rel=.005)
 
 def test_clicks_with_errors():
     "A pixel of error in each click moves people by decimetres, not metres"
@@ -124,6 +124,15 @@ def test_horizon_and_lengths(height, pitch, focal, given_height):
     g = Ground.from_horizon([[-50, view.horizon], [700, view.horizon]], lengths, SIZE, **kw)
     assert g.camera_height_m == pytest.approx(height, rel=.01)
     np.testing.assert_allclose(g.to_ground(heads(m, view), 1.6), m, rtol=.02, atol=.05)
+
+@pytest.mark.parametrize('lengths, kw, words', [
+    ([], dict(camera_height_m=5.), 'with the horizon a length'), ([((100, 300), (500, 300), 5.)], {}, 'a second one'),
+    ([((100, 300), (500, 300), 5.)]*2, {}, 'focal length'), ([((100, 10), (500, 300), 5.)]*2, {}, 'below the horizon'),
+    ([((100, 300), (100, 300), 5.), ((9, 300), (99, 300), 5.)], {}, 'different points'),
+    ([((100, 300), (500, 300), 5.)], dict(camera_height_m=1e9), '2 to 400 m'),
+    ([((100, 300), (500, 300), 5.), ((300, 300), (310, 200), 7.)], dict(camera_height_m=6.), 'agree within 10 %')])
+def test_horizon_refuses(lengths, kw, words):
+    with pytest.raises(GroundError, match=words): Ground.from_horizon([[0, 20], [639, 25]], lengths, SIZE, **kw)
 
 def test_overhead_camera():
     "Straight down there is no horizon; heads still spread by H / (H - h)"
@@ -329,6 +338,7 @@ WRONG = [ # what is changed to what, the line, the key, what is said
     ('camera_height_m = 6.0', 'camera_hight_m = 6.0', 13, GROUND + '.camera_hight_m', '`camera_height_m`'),
     ('camera_height_m = 6.0', 'camera_height_m = 1.2', 13, GROUND + '.camera_height_m', 'above the heads'),
     ('camera_height_m = 6.0', 'camera_height_m = "six"', 13, GROUND + '.camera_height_m', 'a valid number'),
+    ('size_px = [640, 480]', 'size_px = [640, 0]', 14, GROUND + '.size_px[1]', 'greater than 0'),
     ('camera_height_m = 6.0', 'camera_height_m = nan', 13, GROUND + '.camera_height_m', 'finite'),
     ('[6, 26], [-6, 26], [0, 12],', '[6, 26],', 8, GROUND + '.points_px', 'four or more points'),
     ('[6, 26], [-6, 26], [0, 12],', '[0, 8], [1, 8], [2, 8],', 8, GROUND + '.points_px', 'one line'),
