@@ -7,8 +7,8 @@ __all__ = ['SCALES', 'RECIPES', 'FINE', 'conv_norm', 'CountingModel', 'compile_s
            'block_sums', 'BlockLoss', 'Atlas', 'add_scenes', 'cut', 'tone', 'dct_matrix', 'jpeg_like', 'blur', 'wear',
            'cut_outs', 'targets', 'CropLoader', 'normalised', 'FixedCrops', 'Average', 'plain_copy', 'Checkpoint',
            'SkipTo', 'History', 'crop_mae', 'optimizer', 'halves', 'counting_learner', 'density_of', 'judge',
-           'flat_cos', 'fit_phase', 'restore', 'fit_gain', 'reported', 'counting_card', 'save_counting', 'settled',
-           'train_counting', 'finish', 'mixed', 'fine_tune', 'best_mixture']
+           'flat_cos', 'fit_phase', 'restore', 'fit_gain', 'reported', 'counting_card', 'told', 'save_counting',
+           'settled', 'train_counting', 'finish', 'mixed', 'fine_tune', 'best_mixture']
 
 # %% ../nbs/05_counting.ipynb #05-counting-004
 import csv, json, math, platform, shutil, time, warnings
@@ -477,7 +477,7 @@ def judge(model,        # a `CountingModel`
 RECIPES = dict(
     trial=dict(judged=12, final=0, size=256, bs=8, alpha=.05, lr=(3e-4, 1e-3), decay=.99, frozen=4, made=(80, 120), compiled=False),
     quick=dict(judged=38, final=0, size=256, bs=8, alpha=.05, lr=(3e-4, 1e-3), decay=.998, frozen=4, made=(80, 120), compiled=True),
-    release=dict(judged=50, final=20, size=320, bs=8, alpha=.05, lr=(3e-4, 1e-3), decay=.999, frozen=4, made=(80, 120), compiled=True))
+    release=dict(judged=50, final=14, size=320, bs=8, alpha=.05, lr=(3e-4, 1e-3), decay=.999, frozen=4, made=(80, 120), compiled=True))
 
 def flat_cos(lr,       # (encoder, head) rates
              start=.75 # share of the run before the rate falls
@@ -554,6 +554,12 @@ def counting_card(recipe, name, seed, data, figures, encoder='lite0', **more):
                 versions={p: version(p) for p in ('torch', 'fastai', 'timm', 'numpy')} | dict(python=platform.python_version()),
                 created=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), figures=figures, **more)
 
+def told(file # `history.csv` of a phase
+        )->list: # a list of figures for each epoch, in the order of `History`'s columns
+    "The course of a run, for its card"
+    with open(file, newline='') as f: rows = list(csv.reader(f))[1:]
+    return [[float(v) for v in row] for row in rows]
+
 def save_counting(model, out, card):
     "`model.safetensors` and its ONNX twin in folder `out`; returns the card as written"
     card = save_weights(Path(out)/'model.safetensors', model.state_dict(), card)
@@ -611,7 +617,7 @@ def finish(model, out, data, tune, atlas, r, name, seed, resume, encoder, report
     valid = atlas('valid', train=False)
     figures = dict(tune=reported(judge(model, tune)), valid=reported(judge(model, valid, progress=progress)))
     text = f'{data.layout}: {len(data)} pictures'
-    card = save_counting(model, out/'judged', counting_card(r, name, seed, text, figures, encoder, gain=gain))
+    card = save_counting(model, out/'judged', counting_card(r, name, seed, text, figures, encoder, gain=gain, history=told(out/'judged'/'history.csv')))
     if r['final']:
         model.gain.fill_(1.)
         everything = atlas('train', 'tune', 'valid')
@@ -623,7 +629,7 @@ def finish(model, out, data, tune, atlas, r, name, seed, resume, encoder, report
         for f in ('model.safetensors', 'model.onnx'): shutil.copy(out/'judged'/f, out/f)
     return card
 
-# %% ../nbs/05_counting.ipynb #05-counting-087
+# %% ../nbs/05_counting.ipynb #05-counting-091
 def mixed(old,  # state dict
           new,  # state dict
           share # of the new one, 0..1
@@ -631,7 +637,7 @@ def mixed(old,  # state dict
     "Weights between two models of one origin"
     return {k: torch.lerp(v.float(), new[k].float(), share) if v.is_floating_point() else new[k] for k, v in old.items()}
 
-# %% ../nbs/05_counting.ipynb #05-counting-089
+# %% ../nbs/05_counting.ipynb #05-counting-093
 FINE = dict(judged=20, final=0, size=256, bs=8, alpha=.05, lr=(0., 3e-4), decay=.98, frozen=9, made=(30, 30), compiled=False)
 
 def fine_tune(weights,      # `.safetensors` of a counting model
@@ -653,7 +659,7 @@ def fine_tune(weights,      # `.safetensors` of a counting model
     new = fit_phase(Path(out)/'fine', add_scenes(train, *made, seed), tune, epochs, r, seed, old, resume, card.get('encoder', 'lite0'), report).state_dict()
     return best_mixture(model, old, new, tune, valid, before, out, card, r, seed)
 
-# %% ../nbs/05_counting.ipynb #05-counting-091
+# %% ../nbs/05_counting.ipynb #05-counting-095
 def best_mixture(model, old, new, tune, valid, before, out, card, recipe, seed):
     "Choose the share of the new weights on `tune`, report `valid`, save"
     def error(share):
