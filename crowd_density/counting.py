@@ -554,6 +554,7 @@ def counting_card(recipe, name, seed, data, figures, encoder='lite0', **more):
                 versions={p: version(p) for p in ('torch', 'fastai', 'timm', 'numpy')} | dict(python=platform.python_version()),
                 created=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), figures=figures, **more)
 
+# %% ../nbs/05_counting.ipynb #05-counting-082
 def told(file # `history.csv` of a phase
         )->list: # a list of figures for each epoch, in the order of `History`'s columns
     "The course of a run, for its card"
@@ -566,7 +567,7 @@ def save_counting(model, out, card):
     export_onnx(model, Path(out)/'model.onnx', {k: v for k, v in card.items() if k != 'sha256'}, outputs=('density',))
     return card
 
-# %% ../nbs/05_counting.ipynb #05-counting-082
+# %% ../nbs/05_counting.ipynb #05-counting-084
 def settled(out,    # folder of the run
             recipe, # a dict, or a name in `RECIPES`
             resume, # go on with what is there?
@@ -584,7 +585,7 @@ def settled(out,    # folder of the run
     with atomic(file) as tmp: tmp.write_text(json.dumps(run))
     return recipe
 
-# %% ../nbs/05_counting.ipynb #05-counting-084
+# %% ../nbs/05_counting.ipynb #05-counting-086
 def train_counting(data,            # folder of a data set, or a `CrowdData`
                    out,             # folder of the run
                    recipe='quick',  # a name in `RECIPES`, or a dict
@@ -608,7 +609,7 @@ def train_counting(data,            # folder of a data set, or a `CrowdData`
     model = fit_phase(out/'judged', add_scenes(train, *r['made'], seed), tune, r['judged'], r, seed, None, resume, encoder or 'lite0', report)
     return finish(model, out, data, tune, atlas, r, name, seed, resume, encoder or 'lite0', report, progress)
 
-# %% ../nbs/05_counting.ipynb #05-counting-085
+# %% ../nbs/05_counting.ipynb #05-counting-087
 def finish(model, out, data, tune, atlas, r, name, seed, resume, encoder, report, progress):
     "Gain from `tune`, figures of `valid`, then the final phase on everything, and the files"
     before = judge(model, tune, progress=progress)
@@ -629,7 +630,7 @@ def finish(model, out, data, tune, atlas, r, name, seed, resume, encoder, report
         for f in ('model.safetensors', 'model.onnx'): shutil.copy(out/'judged'/f, out/f)
     return card
 
-# %% ../nbs/05_counting.ipynb #05-counting-091
+# %% ../nbs/05_counting.ipynb #05-counting-093
 def mixed(old,  # state dict
           new,  # state dict
           share # of the new one, 0..1
@@ -637,7 +638,7 @@ def mixed(old,  # state dict
     "Weights between two models of one origin"
     return {k: torch.lerp(v.float(), new[k].float(), share) if v.is_floating_point() else new[k] for k, v in old.items()}
 
-# %% ../nbs/05_counting.ipynb #05-counting-093
+# %% ../nbs/05_counting.ipynb #05-counting-095
 FINE = dict(judged=20, final=0, size=256, bs=8, alpha=.05, lr=(0., 3e-4), decay=.98, frozen=9, made=(30, 30), compiled=False)
 
 def fine_tune(weights,      # `.safetensors` of a counting model
@@ -659,7 +660,7 @@ def fine_tune(weights,      # `.safetensors` of a counting model
     new = fit_phase(Path(out)/'fine', add_scenes(train, *made, seed), tune, epochs, r, seed, old, resume, card.get('encoder', 'lite0'), report).state_dict()
     return best_mixture(model, old, new, tune, valid, before, out, card, r, seed)
 
-# %% ../nbs/05_counting.ipynb #05-counting-095
+# %% ../nbs/05_counting.ipynb #05-counting-097
 def best_mixture(model, old, new, tune, valid, before, out, card, recipe, seed):
     "Choose the share of the new weights on `tune`, report `valid`, save"
     def error(share):
