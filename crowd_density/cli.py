@@ -13,7 +13,7 @@ __all__ = ['app', 'ModelArg', 'ModelOpt', 'Data', 'Json', 'Lines', 'Part', 'Seed
            'export', 'demo', 'main']
 
 # %% ../nbs/13_cli.ipynb #13-cli-003
-import os, sys
+import os, sys, warnings
 from functools import wraps
 from glob import glob
 from importlib import import_module
@@ -411,4 +411,5 @@ def demo(out: Annotated[Path, Option(metavar='DIR', help='Folder to make.')]=Pat
 # %% ../nbs/13_cli.ipynb #13-cli-080
 def main():
     "The command `crowd-density`"
+    for module in (r'torch(\.|$)', r'fastai(\.|$)', r'timm(\.|$)', r'tqdm(\.|$)'): warnings.filterwarnings('ignore', module=module)
     app(prog_name='crowd-density')
