@@ -381,7 +381,7 @@ def lookalike_share(model, items)->float: # 0 to 1
     return called/n if n else math.nan
 
 # %% ../nbs/12_report.ipynb #12-report-065
-DEMO = dict(epochs=16, per_item=2, size=192, bs=8, lr=1.5e-3, frozen=1, last_cross=True, weight=[1., 1.5], patience=None)
+DEMO = dict(epochs=16, per_item=2, size=192, bs=8, lr=1e-3, frozen=1, last_cross=True, weight=[1., 1.5], patience=None)
 
 def _scenes(out, seed, images, held, size_hw, progress):
     "Generated pictures to train on, some of look-alikes alone, and others that no training sees"
