@@ -333,8 +333,8 @@ def test_working_scale(h, w):
 def scale_rows(best, n=40, seed=0):
     "Pictures that are counted right at the area `best`, too low elsewhere"
     r = np.random.default_rng(seed)
-    areas = 500000, 1000000, 2000000
-    return [dict(part='A', size=1, true=float(t), counts={a: t*(1 - .3*abs(np.log(a/best))) for a in areas}, crowding=dict.fromkeys(areas, t/500))
+    looks = (500000, 2), (1000000, 2), (2000000, 2)
+    return [dict(part='A', size=1, pixels=10**6, true=float(t), counts={v: t*(1 - .3*abs(np.log(v[0]/best))) for v in looks}, crowding=dict.fromkeys(looks, t/500))
             for t in r.integers(5, 999, n)]
 
 @pytest.mark.parametrize('best', [500000, 1000000, 2000000])
@@ -344,7 +344,7 @@ def test_choose_scale(best):
 
 def test_finer_look_only_where_it_is_crowded(tmp_path):
     path = toy(tmp_path/'a.onnx')
-    update_card(path, scale=dict(area=160*224, most=2., finer=dict(crowding=.3, area=4*160*224)))
+    update_card(path, scale=dict(area=160*224, most=2., finer=dict(crowding=.3, area=4*160*224, most=2.)))
     m = load(path)
     pale, dark = np.full((160, 224, 3), 110, np.uint8), np.zeros((160, 224, 3), np.uint8)
     assert inf.crowding(m.predict(pale, 1).density) < .3 < inf.crowding(m.predict(dark, 1).density)
@@ -360,14 +360,14 @@ class Thing:
     def count(self): return 10 + self.seed
 
 def test_fit_scale(model):
-    rule = inf.fit_scale(model, [Thing(s) for s in range(6)], areas=(96*128, 2*96*128), sizes=(.5, 1))
+    rule = inf.fit_scale(model, [Thing(s) for s in range(6)], looks=((96*128, 2), (2*96*128, 2)), sizes=(.5, 1))
     assert rule['n'] == 12 and rule['area'] in (96*128, 2*96*128) and json.dumps(rule)
 
 def test_settle_writes_all_files(tmp_path):
     sha = safetensors_twin(tmp_path/'model.safetensors')
     toy(tmp_path/'model.onnx', sha256=sha)
     quantise(tmp_path/'model.onnx', [picture(96, 128, s) for s in range(3)])
-    said = inf.settle(tmp_path, [Thing(s) for s in range(8)], areas=(96*128, 2*96*128))
+    said = inf.settle(tmp_path, [Thing(s) for s in range(8)], looks=((96*128, 2), (2*96*128, 2)))
     assert [p.name for p in inf.files_of(tmp_path)] == ['model.onnx', 'model.int8.onnx', 'model.safetensors']
     for m in (load(tmp_path, int8=False), load(tmp_path, int8=True), load(tmp_path/'model.safetensors')):
         assert m.card['interval'] == json.loads(json.dumps(said['interval'])) and m.card['scale']['area'] == said['scale']['area']
