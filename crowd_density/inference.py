@@ -922,7 +922,7 @@ def model_card(card # of the weights, from their file
              lines(['architecture', 'encoder', 'parameters', 'created', 'licence', 'sha256', 'bits']),
              '### Data and terms', lines(['data', 'terms', 'split', 'seed']) or 'Not stated.',
              '### What was selected on what', _cell(c.get('selected')) or _SELECTED,
-             lines(['recipe', 'threshold', 'sigma', 'size', 'scale', 'share']),
+             lines(['judged', 'recipe', 'threshold', 'sigma', 'size', 'scale', 'share']),
              '### Figures', _figures(c.get('figures') or {}, 4) or 'None yet.']
     if c.get('interval'): parts += ['### Interval', _said_interval(c['interval'])]
     parts += ['### Where it fails, on generated scenes', _figures(c.get('failures') or {}, 4) or 'Not measured for these weights.',
@@ -939,9 +939,11 @@ def _said_interval(r):
 
 # %% ../nbs/07_inference.ipynb #07-inference-125
 def write_model_card(path, # `MODEL_CARD.md`
-                     models # files of weights, or their names
+                     models, # files of weights, or their names
+                     measured=None # what was measured since: by the stem of a file, more of its card, such as `failures`
                     )->Path: # the file
     "Write the card of every model that ships into one file"
-    top = '# Model card\n\nMade by `crowd_density.inference.write_model_card` from the metadata of the weights themselves.\n'
-    with atomic(path) as f: Path(f).write_text('\n'.join([top] + [model_card(_envelope(model_path(m))[0]) for m in models]), encoding='utf-8')
+    parts = ['# Model card\n\nMade by `crowd_density.inference.write_model_card` from the metadata of the weights themselves.\n']
+    for p in map(model_path, models): parts.append(model_card({**_envelope(p)[0], **(measured or {}).get(p.stem, {})}))
+    with atomic(path) as f: Path(f).write_text('\n'.join(parts), encoding='utf-8')
     return Path(path)
