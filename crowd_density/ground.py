@@ -273,7 +273,7 @@ def from_horizon(cls:Ground, horizon_px, # (2, 2) two points of the horizon, pix
         known = [(p[0], fov_deg), (p[1]-np.log(camera_height_m or 1), camera_height_m)]
         return np.append(np.log(np.linalg.norm(g[:, 0]-g[:, 1], axis=1)/metres), [20*v for v, given in known if given])
     with np.errstate(all='ignore'): start = off([0., np.log(height)])
-    if not np.isfinite(start).all(): raise GroundError('calibration', 'lengths between different points', 'none between')
+    if not np.isfinite(start).all(): raise GroundError('calibration', 'lengths between different points', 'no length')
     fit = least_squares(off, [0., np.log(height)], bounds=([-2, -2], [3, 6]))
     loose = np.linalg.cond(fit.jac) > 1e6 or np.linalg.inv(fit.jac.T@fit.jac).diagonal().max() > 10**2
     if loose: raise GroundError('calibration', 'a length across and one away from the camera',
@@ -744,7 +744,7 @@ def measure(camera, # a `Camera`
         out.append(r if isinstance(r, Reading) else Reading(camera.name, zone.name, time, reason=r))
     return out
 
-# %% ../nbs/08_ground.ipynb #08-ground-092
+# %% ../nbs/08_ground.ipynb #08-ground-094
 def _runs(ok):
     "Start and end of each run of True that is longer than one"
     edges = np.flatnonzero(np.diff(np.concatenate([[0], ok.astype(int), [0]])))
@@ -777,7 +777,7 @@ def grid_lines(ground, # a `Ground`
             lines += [(k % 5 == 0, px[a:b]) for a, b in _runs(ok)]
     return lines, float(step)
 
-# %% ../nbs/08_ground.ipynb #08-ground-093
+# %% ../nbs/08_ground.ipynb #08-ground-095
 def draw_grid(rgb, # uint8 (h, w, 3)
               ground, # a `Ground`
               step_m=None, # between lines, metres
@@ -795,7 +795,7 @@ def draw_grid(rgb, # uint8 (h, w, 3)
         draw.line([tuple(p) for p in px if np.isfinite(p).all()], fill=(255, 80, 200), width=2*width+1)
     return np.array(image)
 
-# %% ../nbs/08_ground.ipynb #08-ground-099
+# %% ../nbs/08_ground.ipynb #08-ground-101
 def _toml(v):
     "A value as TOML: lists on one line, tables inline"
     if isinstance(v, dict):
@@ -843,7 +843,7 @@ def save_camera(path, # of the site file, made if it is missing
     with atomic(path) as p: p.write_text(text, encoding='utf-8')
     return site
 
-# %% ../nbs/08_ground.ipynb #08-ground-101
+# %% ../nbs/08_ground.ipynb #08-ground-103
 def calibrate_from_points(image, # path of a picture of the camera, or its `(height, width)`
                           site, # site file to write
                           points_px, # (n, 2) pixels
@@ -881,7 +881,7 @@ def _numbers(path, rows, columns):
     except (ValueError, TypeError):
         raise DataError(path, f'numbers in {", ".join(columns)}', 'something else') from None
 
-# %% ../nbs/08_ground.ipynb #08-ground-104
+# %% ../nbs/08_ground.ipynb #08-ground-106
 def _spec_of(d):
     "The `Calibration` (as a dict) of what the page sends"
     clicks, kind = [[float(x), float(y)] for x, y in d.get('points', [])], d.get('method')
@@ -913,7 +913,7 @@ def _solve_zone(d, ground):
 
 def _told(e): return '; '.join(f'{_spell(loc)}: expected {want}' for loc, want, _ in map(_complaint, e.errors()))
 
-# %% ../nbs/08_ground.ipynb #08-ground-105
+# %% ../nbs/08_ground.ipynb #08-ground-107
 def solve(d # what the page sends
          )->dict: # what it draws
     "Grid, residual, areas of zones and what is wrong, for the page"
@@ -929,7 +929,7 @@ def solve(d # what the page sends
         suggested_height_m=height if off < .1 else None, head_factor=ground.head_factor(size_hw),
         matrix=ground.matrix.tolist(), foot=None if ground.camera_m is None else list(ground.camera_m))
 
-# %% ../nbs/08_ground.ipynb #08-ground-107
+# %% ../nbs/08_ground.ipynb #08-ground-109
 _PAGE_HEADERS = {'Cache-Control': 'no-store', 'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer',
                  'Cross-Origin-Resource-Policy': 'same-origin'}
 _POLICY = ("default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src 'nonce-{0}'; "
@@ -977,7 +977,7 @@ class _Page(BaseHTTPRequestHandler):
         except _NOT_OURS: self._send(400, dict(error='not what the page sends'))
         except OSError as e: self._send(500, dict(error=f'cannot write the site file: {e.strerror}'))
 
-# %% ../nbs/08_ground.ipynb #08-ground-108
+# %% ../nbs/08_ground.ipynb #08-ground-110
 class CalibrateServer(ThreadingHTTPServer):
     "Serves the calibrate page of one picture on 127.0.0.1; `url` opens it, `saved` is the site once it was saved"
     daemon_threads = True
@@ -1014,7 +1014,7 @@ class CalibrateServer(ThreadingHTTPServer):
             return {}
         raise KeyError(path)
 
-# %% ../nbs/08_ground.ipynb #08-ground-109
+# %% ../nbs/08_ground.ipynb #08-ground-111
 def _has_screen():
     "Is there a screen on which a browser could open?"
     return os.name == 'nt' or sys.platform == 'darwin' or any(os.environ.get(k) for k in ('DISPLAY', 'WAYLAND_DISPLAY'))

@@ -481,15 +481,26 @@ def test_a_refused_save_changes_nothing(tmp_path):
 
 # the model
 
-@pytest.mark.slow
-def test_model_within_twenty_percent():
+def model_off(seeds, every):
+    "Relative errors of zones of 20 people or more, by the shipped model"
     from crowd_density.inference import ModelError, load
     try: model = load('counting')
     except ModelError as e: pytest.skip(f'no counting weights: {e}')
     off = []
-    for seed in range(3):
+    for seed in seeds:
         c = clip(120, 6., seed, fps=1)
         camera = parse_site(site_toml(c)).cameras[0]
-        for t, rgb, *_ in c.frames(every=10):
+        for t, rgb, *_ in c.frames(every=every):
             if c.people(t) >= 20: off.append(measure(camera, model.predict(rgb), t)[0].density/c.density(t)-1)
-    assert np.abs(np.mean(off)) < .2 and np.mean(np.abs(off) < .2) > .9, off
+    return np.array(off)
+
+def test_model_within_twenty_percent():
+    off = model_off([0], 24)
+    assert len(off) and np.abs(off).max() < .2, off
+
+@pytest.mark.slow
+def test_model_over_many_clips():
+    off = model_off(range(8), 8)
+    print(f'{len(off)} zones: mean {100*off.mean():+.1f} %, largest {100*np.abs(off).max():.0f} %, '
+          f'{100*np.mean(np.abs(off) < .2):.0f} % within 20 %')
+    assert abs(off.mean()) < .2 and np.mean(np.abs(off) < .2) > .8
