@@ -2,7 +2,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 here = Path(__file__).parent
 parser = ConfigParser(delimiters=['='])
@@ -22,6 +22,6 @@ texts = dict(long_description=(here/'README.md').read_text(encoding='utf-8'), lo
     license_expression=cfg['license'], license_files=cfg['license_files'].split())
 needs = dict(python_requires=f">={cfg['min_python']}", install_requires=lines('requirements') + lines('learn_requirements'),
     extras_require=dict(dev=lines('dev_requirements')))
-packages = find_packages(include=[cfg['lib_path'], f"{cfg['lib_path']}.*"])
+packages = find_namespace_packages(include=[cfg['lib_path'], f"{cfg['lib_path']}.*"], exclude=['*__pycache__*'])
 setup(**about, **texts, **needs, packages=packages, include_package_data=True,
     entry_points=dict(console_scripts=lines('console_scripts')))
