@@ -18,12 +18,12 @@ from torch import nn
 
 from .data import (EXCLUDED, CrowdData, DataError, Item, _official_heads, grouped_split, inside, read_rgb, shipped_split,
                                 split_of, training_items)
-from .evaluation import HeatmapScores, triptych
-from .preprocessing import HEAT, get_heatmap, heatmap, read_pairs
-from .segmentation import (LITE_STATS, Fast, Run, export_onnx, fast, load_weights, make_card, open_items, readable, relight,
+from .evaluation import HeatmapScores
+from .preprocessing import get_heatmap, heatmap, read_pairs
+from .segmentation import (LITE_STATS, Fast, Run, export_onnx, fast, make_card, open_items, readable, relight,
                                         run_epochs, save_weights)
 
-# %% ../nbs/03_autoencoder.ipynb #03-autoencod-007
+# %% ../nbs/03_autoencoder.ipynb #03-autoencod-008
 class ConvAutoencoder(nn.Module):
     "The report's network: picture (b, 3, h, w), normalised, to heat (b, 1, h, w); sides divisible by 8"
     def __init__(self, drop=.02 # part of the activations that training blanks out
@@ -42,7 +42,7 @@ class ConvAutoencoder(nn.Module):
         if x.shape[-1] % 8 or x.shape[-2] % 8: raise ValueError(f'expected sides divisible by 8, found {tuple(x.shape[-2:])}')
         return self.decoder(self.encoder(x))
 
-# %% ../nbs/03_autoencoder.ipynb #03-autoencod-010
+# %% ../nbs/03_autoencoder.ipynb #03-autoencod-011
 class HeatSquares:
     "Pictures as squares with their heatmaps, kept in memory; the same for the same seed, epoch and place"
     n_inp = 1
@@ -77,7 +77,7 @@ class HeatSquares:
         x = torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1))).float()
         return x/127.5 - 1, torch.from_numpy(np.ascontiguousarray(heat))[None]
 
-# %% ../nbs/03_autoencoder.ipynb #03-autoencod-013
+# %% ../nbs/03_autoencoder.ipynb #03-autoencod-014
 class HeatScore(Metric):
     "A figure of `HeatmapScores` over a whole set"
     def __init__(self, key): self.key = key
@@ -109,7 +109,7 @@ def heat_dls(train, # items to learn from
     ds = [HeatSquares(train, size, seed=seed), HeatSquares(tune, size, train=False)]
     return DataLoaders(*[TfmdDL(d, bs=min(bs, len(d)), drop_last=d.train, device=device, num_workers=0) for d in ds], device=device)
 
-# %% ../nbs/03_autoencoder.ipynb #03-autoencod-017
+# %% ../nbs/03_autoencoder.ipynb #03-autoencod-018
 def _key(pair):
     "`(part, split, number)` of a prepared picture"
     digits = Path(pair.source).stem.rpartition('_')[2]
@@ -135,6 +135,7 @@ def split_pairs(pairs, # of `read_pairs`
     train = [p for p in pairs if sides.get(p.file) == 'train' and not (official and _key(p) in EXCLUDED)]
     return train, [p for p in pairs if sides.get(p.file) == 'tune']
 
+# %% ../nbs/03_autoencoder.ipynb #03-autoencod-020
 def _sides(data, seed):
     "`(train, tune, data, official)`: what to learn from, what to choose on, all pictures, whether they are ShanghaiTech's"
     if isinstance(data, (str, Path)) and (Path(data)/'pairs.csv').exists():
@@ -144,7 +145,7 @@ def _sides(data, seed):
     data = open_items(data)
     return readable(training_items(split_of(data, 'train', seed))), readable(split_of(data, 'tune', seed)), data, None
 
-# %% ../nbs/03_autoencoder.ipynb #03-autoencod-019
+# %% ../nbs/03_autoencoder.ipynb #03-autoencod-022
 def heat_map(model, # `ConvAutoencoder` in evaluation mode
              rgb, # uint8 (h, w, 3)
              size=256 # side of the square it sees, pixels
@@ -166,7 +167,7 @@ def heat_scores(model, # `ConvAutoencoder`
     found = dict(model=own.scores(), zero=own.zero())
     return found if mean_map is None else found | dict(mean=mean.scores())
 
-# %% ../nbs/03_autoencoder.ipynb #03-autoencod-021
+# %% ../nbs/03_autoencoder.ipynb #03-autoencod-024
 def _finish(learn, out, card, size):
     "Write the best weights with their card, as safetensors and ONNX"
     model = learn.model.cpu().eval()
