@@ -11,18 +11,16 @@ __all__ = ['MAX_BODY', 'AtDesk', 'Finite', 'Since', 'Zone', 'Limited', 'api', 'F
            'serve']
 
 # %% ../nbs/11_serve.ipynb #11-serve-003
-import asyncio, hashlib, hmac, ipaddress, json as jsonlib, os, re, secrets, socket, threading, time
+import asyncio, hashlib, hmac, ipaddress, os, re, secrets, socket, time
 from base64 import b64encode
 from collections import deque
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.resources import files
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-import cv2, uvicorn
-import numpy as np
+import cv2, numpy as np, uvicorn
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
@@ -32,8 +30,7 @@ from starlette.concurrency import run_in_threadpool
 
 from . import __version__
 from .data import DataError
-from .watch import (SourceError, Watcher, decode_rgb, dumps, encode_jpeg, iso, log, make_sinks, make_watcher,
-                                 metrics_text, pixelated)
+from .watch import SourceError, decode_rgb, dumps, encode_jpeg, make_sinks, make_watcher, metrics_text, pixelated
 
 # %% ../nbs/11_serve.ipynb #11-serve-006
 class ServeError(DataError):
@@ -60,7 +57,7 @@ class Limit:
 
     def forget(self, who): self.tries = deque(t for t in self.tries if t[1] != who)
 
-# %% ../nbs/11_serve.ipynb #11-serve-008
+# %% ../nbs/11_serve.ipynb #11-serve-009
 def _digest(text): return hashlib.sha256(text.encode()).digest()
 
 class Access:
@@ -99,7 +96,7 @@ class Access:
         s = self.sessions.get(sid)
         return s[0] if s and s[1] > time.time() else None
 
-# %% ../nbs/11_serve.ipynb #11-serve-011
+# %% ../nbs/11_serve.ipynb #11-serve-012
 MAX_BODY = 25_000_000
 _SAFE, _FREE = {'GET', 'HEAD', 'OPTIONS'}, {'/health', '/ready', '/login'}
 _HEADERS = {'x-content-type-options': 'nosniff', 'x-frame-options': 'DENY', 'referrer-policy': 'same-origin', 'cross-origin-opener-policy': 'same-origin',
@@ -123,7 +120,7 @@ def _refuse(request, access, hosts):
     if csrf is None: return 401, 'log in, or send the token: Authorization: Bearer …'
     if unsafe and not hmac.compare_digest(request.headers.get('x-csrf-token', '').encode(), csrf.encode()): return 403, 'the CSRF token is missing or wrong'
 
-# %% ../nbs/11_serve.ipynb #11-serve-012
+# %% ../nbs/11_serve.ipynb #11-serve-014
 class TooLong(Exception): "A body that is longer than allowed"
 
 def _counted(receive, most):
@@ -147,6 +144,7 @@ def _with_headers(send):
         await send(message)
     return add
 
+# %% ../nbs/11_serve.ipynb #11-serve-016
 class Guard:
     "ASGI middleware: who asks, from where, how much"
     def __init__(self, app, access, hosts=()): self.app, self.access, self.hosts = app, access, hosts
@@ -165,7 +163,7 @@ class Guard:
         if status == 401 and 'text/html' in request.headers.get('accept', '') and self.access.hash: return RedirectResponse('/login', 303)
         return JSONResponse(dict(detail=why), status, {'www-authenticate': 'Bearer'} if status == 401 else None)
 
-# %% ../nbs/11_serve.ipynb #11-serve-014
+# %% ../nbs/11_serve.ipynb #11-serve-018
 class Broker:
     "From the watching thread to all open pages"
     def __init__(self, most=64, length=500): self.queues, self.most, self.length, self.loop = set(), most, length, None
@@ -191,6 +189,7 @@ def sse(kind, data, id=None)->str:
     "One message of server-sent events"
     return (f'id: {id}\n' if id else '') + f'event: {kind}\ndata: {dumps(data)}\n\n'
 
+# %% ../nbs/11_serve.ipynb #11-serve-020
 async def stream(broker, # `Broker`
                  missed=(), # events to tell first
                  beat=5. # seconds between signs of life
@@ -211,7 +210,7 @@ async def stream(broker, # `Broker`
                 yield sse('ping', dict(time=time.time()))
     finally: broker.queues.discard(q)
 
-# %% ../nbs/11_serve.ipynb #11-serve-017
+# %% ../nbs/11_serve.ipynb #11-serve-025
 class Desk:
     "What the routes of one server share"
     def __init__(self, watcher, access):
@@ -235,7 +234,7 @@ def desk_of(request:Request)->Desk: return request.app.state.desk
 
 AtDesk = Annotated[Desk, Depends(desk_of)]
 
-# %% ../nbs/11_serve.ipynb #11-serve-019
+# %% ../nbs/11_serve.ipynb #11-serve-027
 class CameraOut(BaseModel):
     "A camera and how its pictures are"
     name: str
@@ -272,7 +271,7 @@ class ZoneOut(BaseModel):
     polygon: list[tuple[float, float]]|None=Field(description='where feet stand, in parts of width and height of the picture')
     polygon_heads: list[tuple[float, float]]|None=Field(description='the same where their heads are seen')
 
-# %% ../nbs/11_serve.ipynb #11-serve-020
+# %% ../nbs/11_serve.ipynb #11-serve-029
 class EventOut(BaseModel):
     "An event, or a reading (`kind` is reading)"
     id: str
@@ -294,6 +293,7 @@ class SeenEvent(EventOut):
     acknowledged: str|None=Field(None, description='when')
     acknowledged_by: str|None=None
 
+# %% ../nbs/11_serve.ipynb #11-serve-031
 class Seen(BaseModel):
     "Who acknowledges"
     model_config = ConfigDict(extra='forbid')
@@ -311,7 +311,7 @@ class Problem(BaseModel):
     "Why there is no answer"
     detail: Any
 
-# %% ../nbs/11_serve.ipynb #11-serve-021
+# %% ../nbs/11_serve.ipynb #11-serve-033
 def _spaced(v): return v.replace(' ', '+') if isinstance(v, str) and 'T' in v else v
 
 Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1e11, le=1e11)]
@@ -324,6 +324,7 @@ def seconds(t)->float|None:
     if not isinstance(t, datetime): return t
     return (t if t.tzinfo else t.replace(tzinfo=timezone.utc)).timestamp()
 
+# %% ../nbs/11_serve.ipynb #11-serve-035
 def find_zone(desk, zone)->dict: # camera and zone, for `History`
     "'stairs' or 'gate/stairs'; 404 where no camera has such a zone"
     if zone is None: return {}
@@ -336,15 +337,16 @@ def find_zone(desk, zone)->dict: # camera and zone, for `History`
 _PROBLEMS = {s: dict(model=Problem) for s in (400, 401, 403, 404, 413, 421, 429)}
 api = APIRouter(responses={s: _PROBLEMS[s] for s in (401, 403, 421)})
 
-# %% ../nbs/11_serve.ipynb #11-serve-023
+# %% ../nbs/11_serve.ipynb #11-serve-037
 def _camera_out(w)->dict:
     "A camera for `/api/cameras`"
     age, reason = None if w.picture is None else w.picture.age(), w.source.problem or w.reason
     stale = age is None or age > w.camera.stale_after
     if stale and reason is None: reason = 'no picture yet' if age is None else f'no picture for {age:.0f} s'
-    return dict(name=w.name, source=w.camera.label, rate=w.camera.rate, stale_after=w.camera.stale_after, size=w.size_hw and w.size_hw[::-1], good=not stale and reason is None,
-                reason=reason, age=age, judged=w.judged, refused=w.refused, losses=w.source.losses, zones=list(w.zones))
+    return dict(name=w.name, source=w.camera.label, rate=w.camera.rate, stale_after=w.camera.stale_after, size=w.size_hw and w.size_hw[::-1],
+                good=not stale and reason is None, reason=reason, age=age, judged=w.judged, refused=w.refused, losses=w.source.losses, zones=list(w.zones))
 
+# %% ../nbs/11_serve.ipynb #11-serve-038
 def _polygons(w, zone):
     "A zone's outline in parts of the picture: where feet stand, and where their heads are seen"
     if w.size_hw is None: return dict(polygon=None, polygon_heads=None)
@@ -359,10 +361,11 @@ def _zone_out(desk, w, zone)->dict:
     known, trend = risk.level != 'unknown', risk.trend()
     age = None if w.time is None or r is None else max(0., time.time() - w.time)
     numbers = {k: r[k] if known and r else None for k in ('density', 'low', 'high', 'worst_patch', 'count')}
-    return dict(camera=w.name, zone=zone.name, level=risk.level, words=risk.words(), since=desk.since.get((w.name, zone.name)), reason=risk.reason, time=r and r['time'], age=age,
-                stale_after=w.camera.stale_after, trend=dict(per_minute=trend.per_minute, to=trend.to, seconds=trend.seconds),
+    return dict(camera=w.name, zone=zone.name, level=risk.level, words=risk.words(), since=desk.since.get((w.name, zone.name)),
+                reason=risk.reason, time=r and r['time'], age=age, stale_after=w.camera.stale_after, trend=dict(per_minute=trend.per_minute, to=trend.to, seconds=trend.seconds),
                 levels=zone.levels.model_dump(by_alias=True), **numbers, **_polygons(w, zone))
 
+# %% ../nbs/11_serve.ipynb #11-serve-040
 @api.get('/api/cameras', response_model=list[CameraOut])
 def cameras(desk:AtDesk):
     "All cameras, and how their pictures are"
@@ -373,7 +376,7 @@ def zones(desk:AtDesk):
     "All zones as they are now"
     return [_zone_out(desk, w, z) for w in desk.watcher.cameras.values() for z in w.camera.zones]
 
-# %% ../nbs/11_serve.ipynb #11-serve-024
+# %% ../nbs/11_serve.ipynb #11-serve-042
 @api.get('/api/readings', response_model=list[EventOut], responses={404: _PROBLEMS[404]})
 def readings(desk:AtDesk, zone:Zone=None, since:Since=None,
              every:Annotated[float, Query(ge=0, le=86400, allow_inf_nan=False, description='at most one reading in so many seconds')]=0., limit:Limited=5000):
@@ -385,18 +388,16 @@ def events(desk:AtDesk, since:Since=None, zone:Zone=None, limit:Limited=200):
     "Events, newest first"
     return desk.watcher.history.events(seconds(since), limit=limit, **find_zone(desk, zone))
 
+# %% ../nbs/11_serve.ipynb #11-serve-043
 @api.post('/api/events/{id}/acknowledge', response_model=SeenEvent, responses={404: _PROBLEMS[404]})
 def acknowledge(desk:AtDesk, id:str, seen:Seen|None=None):
     "Say that somebody has seen an event; the first time counts"
     e = desk.watcher.history.acknowledge(id, seen and seen.by)
     if e is None: raise HTTPException(404, 'no such event')
-    desk.broker.put_soon('acknowledged', e)
+    desk.broker.listen('acknowledged', e)
     return e
 
-def _put_soon(self:Broker, kind, one): self.listen(kind, one)
-Broker.put_soon = _put_soon
-
-# %% ../nbs/11_serve.ipynb #11-serve-025
+# %% ../nbs/11_serve.ipynb #11-serve-045
 @api.get('/api/stream', response_class=StreamingResponse, responses={200: {'content': {'text/event-stream': {}}}, 429: _PROBLEMS[429]})
 async def live(desk:AtDesk, request:Request):
     "Server-sent events: `reading`, `event`, `acknowledged`, and `ping` every five seconds; `Last-Event-ID` brings what was missed"
@@ -406,7 +407,7 @@ async def live(desk:AtDesk, request:Request):
     missed = history.events(after=seq[0]['seq'], limit=1000) if seq else []
     return StreamingResponse(stream(desk.broker, missed), media_type='text/event-stream', headers={'x-accel-buffering': 'no'})
 
-# %% ../nbs/11_serve.ipynb #11-serve-027
+# %% ../nbs/11_serve.ipynb #11-serve-047
 FULL = 8. # people per m² at the end of the colours
 
 def heat_rgba(estimate, # with `density`, `cell`, `size_hw`
@@ -427,6 +428,7 @@ def _layer(w)->bytes:
     rgba = np.zeros((1, 1, 4), np.uint8) if e is None or e.density is None else heat_rgba(e, w.camera.ground)
     return cv2.imencode('.png', rgba[..., [2, 1, 0, 3]])[1].tobytes()
 
+# %% ../nbs/11_serve.ipynb #11-serve-048
 _IMAGE = {404: _PROBLEMS[404], 200: {'content': {'image/jpeg': {}}}}
 
 @api.get('/api/cameras/{name:path}/picture.jpg', response_class=Response, responses=_IMAGE)
@@ -443,7 +445,7 @@ def density(desk:AtDesk, name:str):
     "The density over it, people per m² in colours"
     return Response(_layer(desk.watched(name)), media_type='image/png')
 
-# %% ../nbs/11_serve.ipynb #11-serve-029
+# %% ../nbs/11_serve.ipynb #11-serve-050
 MAX_UPLOAD_PIXELS = 25_000_000
 
 async def _sent_picture(request)->bytes:
@@ -460,10 +462,11 @@ def _count(model, data):
     e = model.predict(decode_rgb(data, 'the picture', MAX_UPLOAD_PIXELS, ('JPEG', 'PNG', 'WEBP')))
     return dict(count=e.count, low=e.low, high=e.high, share=e.share, seconds=time.perf_counter() - start)
 
+# %% ../nbs/11_serve.ipynb #11-serve-051
 _BINARY = {'schema': {'type': 'string', 'format': 'binary'}}
-_BODY = {'requestBody': {'required': True, 'content': {
-    'multipart/form-data': {'schema': {'type': 'object', 'properties': {'picture': {'type': 'string', 'format': 'binary'}}, 'required': ['picture']}},
-    'image/jpeg': _BINARY, 'image/png': _BINARY, 'image/webp': _BINARY}}}
+_FORM = {'schema': dict(type='object', properties=dict(picture=_BINARY['schema']), required=['picture'])}
+_KINDS = {'multipart/form-data': _FORM} | {f'image/{k}': _BINARY for k in ('jpeg', 'png', 'webp')}
+_BODY = dict(requestBody=dict(required=True, content=_KINDS))
 
 @api.post('/api/count', response_model=CountOut, openapi_extra=_BODY, responses={s: _PROBLEMS[s] for s in (400, 413, 429)} | {422: dict(model=Problem)})
 async def count(desk:AtDesk, request:Request):
@@ -476,7 +479,7 @@ async def count(desk:AtDesk, request:Request):
     except SourceError as e: raise HTTPException(422, str(e)) from None
     finally: desk.waiting -= 1
 
-# %% ../nbs/11_serve.ipynb #11-serve-031
+# %% ../nbs/11_serve.ipynb #11-serve-053
 @api.get('/health', responses={503: dict(model=Problem)})
 def health(desk:AtDesk, response:Response)->dict:
     "Does the watching thread live?"
@@ -498,13 +501,14 @@ def metrics(desk:AtDesk):
     "For Prometheus"
     return Response(metrics_text(desk.watcher), media_type='text/plain; version=0.0.4; charset=utf-8')
 
-# %% ../nbs/11_serve.ipynb #11-serve-033
+# %% ../nbs/11_serve.ipynb #11-serve-055
 def page(name)->tuple: # text, its content security policy
     "A page of the package and what it may do"
     text = (files('crowd_density')/'pages'/name).read_text(encoding='utf-8')
     def allowed(tag): return ' '.join(f"'sha256-{b64encode(hashlib.sha256(t.encode()).digest()).decode()}'" for t in re.findall(f'<{tag}>(.*?)</{tag}>', text, re.S)) or "'none'"
     return text, f"{_POLICY}; script-src {allowed('script')}; style-src {allowed('style')}; img-src 'self' data:; connect-src 'self'"
 
+# %% ../nbs/11_serve.ipynb #11-serve-056
 def _html(text, policy, status=200): return HTMLResponse(text, status, {'content-security-policy': policy})
 
 @api.get('/', response_class=HTMLResponse, include_in_schema=False)
@@ -515,7 +519,7 @@ def session(desk:AtDesk, request:Request)->dict[str, Any]:
     "The CSRF token of this session; null where none is needed"
     return dict(csrf=desk.access.csrf(request.cookies.get('crowd_density', '')), open=desk.access.open, version=__version__, time=time.time())
 
-# %% ../nbs/11_serve.ipynb #11-serve-034
+# %% ../nbs/11_serve.ipynb #11-serve-057
 @api.get('/login', response_class=HTMLResponse, include_in_schema=False)
 def login_page(): return _html(*page('login.html'))
 
@@ -541,7 +545,7 @@ def logout(desk:AtDesk, request:Request):
     answer.delete_cookie('crowd_density')
     return answer
 
-# %% ../nbs/11_serve.ipynb #11-serve-036
+# %% ../nbs/11_serve.ipynb #11-serve-059
 async def _too_long(request, e): return JSONResponse(dict(detail=f'at most {MAX_BODY/1e6:g} MB'), 413)
 
 def create_app(site=None, # a site file, or a `Site`
@@ -570,7 +574,7 @@ def create_app(site=None, # a site file, or a `Site`
     app.state.desk = Desk(watcher, access)
     return app
 
-# %% ../nbs/11_serve.ipynb #11-serve-045
+# %% ../nbs/11_serve.ipynb #11-serve-071
 class Server(uvicorn.Server):
     "A server that ends the pages' streams when it is told to stop, instead of waiting for them"
     def __init__(self, app, **kwargs): # for `uvicorn.Config`
@@ -580,7 +584,7 @@ class Server(uvicorn.Server):
         self.config.app.state.desk.broker.close()
         await super().shutdown(sockets)
 
-# %% ../nbs/11_serve.ipynb #11-serve-046
+# %% ../nbs/11_serve.ipynb #11-serve-072
 def _listen(host, port):
     "A listening socket"
     try:
@@ -588,6 +592,7 @@ def _listen(host, port):
         return socket.create_server((host.strip('[]'), port), family=family)
     except OSError as e: raise ServeError(f'{host}:{port}', 'an address to listen on', e.strerror or str(e)) from None
 
+# %% ../nbs/11_serve.ipynb #11-serve-074
 def serve(site, # a site file, or a `Site`
           host='127.0.0.1', # address to listen on
           port=8000, # 0 takes a free one

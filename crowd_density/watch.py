@@ -19,8 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
-import cv2, httpx
-import numpy as np
+import cv2, httpx, numpy as np
 from PIL import Image
 
 from .data import DataError, IMAGE_SUFFIXES, atomic, is_image, read_rgb
@@ -87,7 +86,7 @@ def backoff(tries, # failures in a row, 1 or more
     "Twice as long after each failure, with jitter between half and all of it"
     return min(most, first*2**min(tries - 1, 16))*(.5 + random()/2)
 
-# %% ../nbs/10_watch.ipynb #10-watch-016
+# %% ../nbs/10_watch.ipynb #10-watch-017
 class Source(threading.Thread):
     "Keeps only the newest picture of one camera, and comes back when the camera does"
     live = True
@@ -118,7 +117,7 @@ class Source(threading.Thread):
 
     def stop(self): self.stopping.set()
 
-# %% ../nbs/10_watch.ipynb #10-watch-017
+# %% ../nbs/10_watch.ipynb #10-watch-018
 _LOST = (DataError, OSError, httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, cv2.error, ValueError)
 
 def _read_on(self:Source)->str: # what ended it
@@ -148,7 +147,7 @@ def _run(self:Source):
 
 Source._read_on, Source.run = _read_on, _run
 
-# %% ../nbs/10_watch.ipynb #10-watch-021
+# %% ../nbs/10_watch.ipynb #10-watch-023
 os.environ.setdefault('OPENCV_FFMPEG_LOGLEVEL', '-8')
 os.environ.setdefault('OPENCV_FFMPEG_CAPTURE_OPTIONS', 'rtsp_transport;tcp')
 
@@ -179,7 +178,7 @@ class VideoStream(Source):
             while cap.grab(): yield lambda: _retrieve(cap, self.shown)
             raise SourceError(self.shown, 'the next picture', f'none within {self.timeout:g} s, or the stream was closed')
 
-# %% ../nbs/10_watch.ipynb #10-watch-024
+# %% ../nbs/10_watch.ipynb #10-watch-026
 def _header(raw, name):
     "Value of a header in the bytes of a part's headers"
     for line in raw.decode('latin-1').splitlines():
@@ -205,7 +204,7 @@ def jpegs(chunks, # bytes as they come
             buffer = buffer[end:]
         if len(buffer) > max_bytes: raise SourceError('motion JPEG', f'pictures of at most {max_bytes/1e6:g} MB', f'{len(buffer)/1e6:.1f} MB')
 
-# %% ../nbs/10_watch.ipynb #10-watch-027
+# %% ../nbs/10_watch.ipynb #10-watch-029
 def _login(url):
     "The address without its user, and what logs in: digest where a camera asks for it"
     u = urlsplit(url)
@@ -221,6 +220,7 @@ def _body(response, max_bytes=MAX_BYTES):
         if (n := n + len(chunk)) > max_bytes: raise SourceError('snapshot', f'at most {max_bytes/1e6:g} MB', 'more')
     return b''.join(parts)
 
+# %% ../nbs/10_watch.ipynb #10-watch-031
 class HttpPictures(VideoStream):
     "Motion JPEG or a snapshot polled, by what the address gives"
     def ask(self, web, url, login):
@@ -252,7 +252,7 @@ class HttpPictures(VideoStream):
                 self.stopping.wait(max(.02, asked + 1/self.camera.rate - time.monotonic()))
         yield from super().pictures()
 
-# %% ../nbs/10_watch.ipynb #10-watch-030
+# %% ../nbs/10_watch.ipynb #10-watch-034
 class Folder(Source):
     "The newest picture that appears in a folder"
     def newest(self, after): # (time ns, path) of the newest file, or None
@@ -279,7 +279,7 @@ class Folder(Source):
                     yield lambda: rgb
             self.stopping.wait(min(.5, .2/self.camera.rate))
 
-# %% ../nbs/10_watch.ipynb #10-watch-033
+# %% ../nbs/10_watch.ipynb #10-watch-037
 def timed_frames(cap): # yields seconds from the start
     "Grab frame after frame; the time of each"
     fps, last, first = cap.get(cv2.CAP_PROP_FPS) or 25., None, 0.
@@ -308,7 +308,7 @@ def clip_pictures(address, # a video file, or one picture
     if t < 0: raise SourceError(shown, 'a video with pictures', 'none')
     if t < .9*length - 1: raise SourceError(shown, f'{length:.0f} s of video', f'a file that breaks off after {t:.0f} s')
 
-# %% ../nbs/10_watch.ipynb #10-watch-034
+# %% ../nbs/10_watch.ipynb #10-watch-039
 class Clip:
     "A video file by its own clock, each due picture once"
     live, problem, ended, failed, losses = False, None, False, False, 0
@@ -340,7 +340,7 @@ class Played(VideoStream):
                 yield lambda: _retrieve(cap, self.shown)
         if not self.loop: self.ended, self.problem = True, 'the file ended'
 
-# %% ../nbs/10_watch.ipynb #10-watch-037
+# %% ../nbs/10_watch.ipynb #10-watch-042
 def open_source(camera, # of a site
                 ready=None, # `threading.Event` set when there is a new picture
                 realtime=False, # play files at their own pace, on the wall clock
@@ -354,7 +354,7 @@ def open_source(camera, # of a site
     if Path(a).is_dir(): return Folder(camera, ready, **kwargs)
     return Played(camera, ready, loop=loop, **kwargs) if realtime else Clip(camera)
 
-# %% ../nbs/10_watch.ipynb #10-watch-040
+# %% ../nbs/10_watch.ipynb #10-watch-045
 class PictureCheck:
     "Tells pictures of the place from black, covered and frozen ones"
     def __init__(self): self.before, self.same, self.since = deque(maxlen=8), deque(maxlen=6), None
@@ -382,7 +382,7 @@ class PictureCheck:
         if small.std() < 3 or rough < .25: return 'the picture shows nothing (covered?)'
         return frozen
 
-# %% ../nbs/10_watch.ipynb #10-watch-044
+# %% ../nbs/10_watch.ipynb #10-watch-050
 def fit_size(rgb, # uint8 (h, w, 3)
              size_hw # `(height, width)` that was calibrated
             )->tuple: # picture or None, reason or None
@@ -392,7 +392,7 @@ def fit_size(rgb, # uint8 (h, w, 3)
     if abs(math.log(w*h0/(w0*h))) > .02: return None, f'the picture is {w}x{h}, calibrated for {w0}x{h0}: calibrate again'
     return cv2.resize(rgb, (w0, h0), interpolation=cv2.INTER_AREA if w > w0 else cv2.INTER_LINEAR), None
 
-# %% ../nbs/10_watch.ipynb #10-watch-047
+# %% ../nbs/10_watch.ipynb #10-watch-053
 _SCHEMA = '''
 create table if not exists events(seq integer primary key autoincrement, id text unique not null, at real not null,
     camera text not null, zone text not null, body text not null, acknowledged text, acknowledged_by text);
@@ -412,7 +412,7 @@ def dumps(o)->str: # one line of JSON
     "`o` as JSON, without NaN"
     return jsonlib.dumps(o, ensure_ascii=False, allow_nan=False)
 
-# %% ../nbs/10_watch.ipynb #10-watch-048
+# %% ../nbs/10_watch.ipynb #10-watch-054
 def _owned(path):
     "A lock on `path` that ends with this process, however it ends"
     f = open(f'{path}.lock', 'a')
@@ -425,6 +425,7 @@ def _owned(path):
         raise HistoryError(path, 'a history that nobody else writes', 'one in use by another `watch` or `serve`') from None
     return f
 
+# %% ../nbs/10_watch.ipynb #10-watch-056
 class History:
     "What was seen, said and delivered: SQLite with a write-ahead log"
     def __init__(self, path=':memory:', # the file; or in memory
@@ -460,7 +461,7 @@ class History:
         with self.lock: self.db.close()
         if self.owned: self.owned.close()
 
-# %% ../nbs/10_watch.ipynb #10-watch-049
+# %% ../nbs/10_watch.ipynb #10-watch-058
 _ROW = 'at', 'camera', 'zone', 'level', 'previous', 'density', 'low', 'high', 'worst_patch', 'count', 'reason'
 
 def _write(self:History, readings=(), # `Event`s of kind `reading`
@@ -488,7 +489,7 @@ def _size(self:History, camera, size_hw=None)->tuple|None: # `(height, width)`
 
 History.write, History.states, History.size = _write, _states, _size
 
-# %% ../nbs/10_watch.ipynb #10-watch-051
+# %% ../nbs/10_watch.ipynb #10-watch-060
 def _register(self:History, *names):
     "Receivers that will be told from now on"
     with self.transaction() as db:
@@ -499,6 +500,7 @@ def _pending(self:History, name, limit=50)->list: # of (seq, dict)
     rows = self.ask('select seq, body from events where seq > (select seq from sinks where name=?) order by seq limit ?', name, limit)
     return [(r['seq'], jsonlib.loads(r['body'])) for r in rows]
 
+# %% ../nbs/10_watch.ipynb #10-watch-061
 def _behind(self:History, name)->int: # events
     "How many events a receiver has not been told"
     return self.ask('select count(*) n from events where seq > (select seq from sinks where name=?)', name)[0]['n']
@@ -509,7 +511,7 @@ def _told(self:History, name, seq):
 
 History.register, History.pending, History.behind, History.told = _register, _pending, _behind, _told
 
-# %% ../nbs/10_watch.ipynb #10-watch-052
+# %% ../nbs/10_watch.ipynb #10-watch-063
 def _reading_row(r):
     "A reading as it was told"
     at, camera, zone = r['at'], r['camera'], r['zone']
@@ -529,6 +531,7 @@ def _events(self:History, since=None, # seconds since 1970
     order = 'asc' if after is not None else 'desc'
     return [_event_row(r) for r in self.ask(f'select * from events where {" and ".join(where)} order by seq {order} limit ?', *args, limit)]
 
+# %% ../nbs/10_watch.ipynb #10-watch-064
 def _readings(self:History, since=None, # seconds since 1970
               zone=None, camera=None, every=0., # at most one in so many seconds a zone
               limit=5000)->list: # dicts, oldest first
@@ -540,6 +543,7 @@ def _readings(self:History, since=None, # seconds since 1970
     rows = self.ask(f'select {what} from readings where {" and ".join(where)} {few} order by at desc limit ?', *args, limit)
     return [_reading_row(r) for r in reversed(rows)]
 
+# %% ../nbs/10_watch.ipynb #10-watch-066
 def _acknowledge(self:History, id, by=None, at=None)->dict|None: # the event, or None if there is none
     "Note that somebody has seen an event; the first time counts"
     with self.transaction() as db:
@@ -549,7 +553,7 @@ def _acknowledge(self:History, id, by=None, at=None)->dict|None: # the event, or
 
 History.events, History.readings, History.acknowledge = _events, _readings, _acknowledge
 
-# %% ../nbs/10_watch.ipynb #10-watch-054
+# %% ../nbs/10_watch.ipynb #10-watch-068
 OWN_CLOCK = 1e8 # earlier times, seconds, are those of a file
 
 def _prune(self:History, now, sinks=()):
@@ -564,7 +568,7 @@ def _prune(self:History, now, sinks=()):
 
 History.prune = _prune
 
-# %% ../nbs/10_watch.ipynb #10-watch-057
+# %% ../nbs/10_watch.ipynb #10-watch-075
 class SinkError(DataError):
     "A receiver that could not be told"
 
@@ -614,7 +618,7 @@ class Delivery(threading.Thread):
         if self.is_alive(): self.join(2)
         self.sink.close()
 
-# %% ../nbs/10_watch.ipynb #10-watch-059
+# %% ../nbs/10_watch.ipynb #10-watch-077
 class JsonLines(Sink):
     "Events and readings as lines of JSON, to a file or to standard output (`-`)"
     inline = True
@@ -657,7 +661,7 @@ class JsonLines(Sink):
     def close(self):
         if self.file: self.file.close()
 
-# %% ../nbs/10_watch.ipynb #10-watch-062
+# %% ../nbs/10_watch.ipynb #10-watch-080
 def sign(secret, # shared with the receiver; `whsec_` and base64, or any text
          id, timestamp, body # bytes
         )->str:
@@ -680,7 +684,7 @@ class Webhook(Sink):
 
     def close(self): self.web.close()
 
-# %% ../nbs/10_watch.ipynb #10-watch-066
+# %% ../nbs/10_watch.ipynb #10-watch-084
 def topic(*parts)->str:
     "A topic; characters that mean something in topics are percent-encoded"
     return '/'.join(quote(p, safe=' ') for p in parts)
@@ -711,7 +715,7 @@ class Mqtt(Sink):
 
     def state(self, r): self.client.publish(f'{self.prefix}/{topic(r["camera"], r["zone"])}/state', dumps(r), 1, True)
 
-# %% ../nbs/10_watch.ipynb #10-watch-067
+# %% ../nbs/10_watch.ipynb #10-watch-085
 def _mqtt_event(self:Mqtt, event):
     "Publish, and wait until the broker has it"
     if not self.client.is_connected(): raise SinkError(self.name, 'a broker', 'no connection')
@@ -730,7 +734,7 @@ def _mqtt_close(self:Mqtt):
 
 Mqtt.event, Mqtt.reading, Mqtt.close = _mqtt_event, _mqtt_reading, _mqtt_close
 
-# %% ../nbs/10_watch.ipynb #10-watch-070
+# %% ../nbs/10_watch.ipynb #10-watch-088
 @dataclass
 class Watched:
     "A camera while it is watched"
@@ -753,7 +757,7 @@ class Watched:
     @property
     def name(self): return self.camera.name
 
-# %% ../nbs/10_watch.ipynb #10-watch-071
+# %% ../nbs/10_watch.ipynb #10-watch-089
 class Watcher:
     "Judges the pictures of a site's cameras and tells who wants to know"
     def __init__(self, site, # a `Site`
@@ -777,7 +781,8 @@ class Watcher:
         for c in site.cameras:
             source = (sources or {}).get(c.name) or open_source(c, self.ready, realtime, loop)
             if hasattr(source, 'ready'): source.ready = self.ready
-            w = self.cameras[c.name] = Watched(c, source, {z.name: ZoneRisk.of(c, z, **how) for z in c.zones}, size_hw=c.ground.size_hw or self.history.size(c.name))
+            zones, size_hw = {z.name: ZoneRisk.of(c, z, **how) for z in c.zones}, c.ground.size_hw or self.history.size(c.name)
+            w = self.cameras[c.name] = Watched(c, source, zones, size_hw=size_hw)
             for n, zone in w.zones.items():
                 if source.live and (c.name, n) in states: self.restore(zone, states[c.name, n])
 
@@ -786,7 +791,7 @@ class Watcher:
         try: zone.restore(state)
         except (ValueError, KeyError, TypeError) as e: log.warning('%s/%s begins anew: %s', zone.camera, zone.zone, e)
 
-# %% ../nbs/10_watch.ipynb #10-watch-073
+# %% ../nbs/10_watch.ipynb #10-watch-091
 def _next(self:Watcher): # (Watched, Picture) or None
     "The next picture to judge; one that became stale while it waited is none"
     live = [w for w in self.cameras.values() if w.source.live and w.source.picture not in (None, w.picture)]
@@ -807,7 +812,7 @@ def _finished(self:Watcher)->bool:
 
 Watcher.next, Watcher.finished = _next, _finished
 
-# %% ../nbs/10_watch.ipynb #10-watch-075
+# %% ../nbs/10_watch.ipynb #10-watch-093
 def _see(self:Watcher, w, picture, now): # list of `Reading`s
     "Readings of one picture; where it is no use, with the reason"
     if w.size_hw is None: w.size_hw = self.history.size(w.name, picture.rgb.shape[:2])
@@ -841,7 +846,7 @@ def _judge(self:Watcher, w, picture):
 
 Watcher.see, Watcher.judge = _see, _judge
 
-# %% ../nbs/10_watch.ipynb #10-watch-077
+# %% ../nbs/10_watch.ipynb #10-watch-095
 def _pass_time(self:Watcher, w, until):
     "Let a file's own clock run over a gap, period by period"
     if w.time is None: return
@@ -875,7 +880,7 @@ def _prune_all(self:Watcher, now):
 
 Watcher.pass_time, Watcher.tick, Watcher.prune = _pass_time, _tick, _prune_all
 
-# %% ../nbs/10_watch.ipynb #10-watch-079
+# %% ../nbs/10_watch.ipynb #10-watch-097
 def _record(self:Watcher, w, at, readings, events):
     "Write readings, events and states; then tell"
     self.unsaved += events
@@ -906,7 +911,7 @@ def _tell(self:Watcher, readings=()):
 
 Watcher.record, Watcher.tell = _record, _tell
 
-# %% ../nbs/10_watch.ipynb #10-watch-081
+# %% ../nbs/10_watch.ipynb #10-watch-099
 def pixelated(rgb, # uint8 (h, w, 3)
               blocks=48 # across the picture
              )->np.ndarray: # uint8 (h, w, 3)
@@ -925,7 +930,7 @@ def _snapshot(self:Watcher, w, events):
 
 Watcher.snapshot = _snapshot
 
-# %% ../nbs/10_watch.ipynb #10-watch-082
+# %% ../nbs/10_watch.ipynb #10-watch-101
 def _run_watch(self:Watcher):
     "Watch until all files ended or `stop`"
     self.history.register(*(s.name for s in self.sinks))
@@ -954,7 +959,7 @@ def _close(self:Watcher):
 
 Watcher.run, Watcher.close = _run_watch, _close
 
-# %% ../nbs/10_watch.ipynb #10-watch-083
+# %% ../nbs/10_watch.ipynb #10-watch-103
 def _start(self:Watcher):
     "Watch in a thread of its own"
     self.thread = threading.Thread(target=self.run, name='watch', daemon=True)
@@ -972,7 +977,7 @@ def _alive(self:Watcher, within=30.)->bool:
 
 Watcher.start, Watcher.stop, Watcher.alive = _start, _stop, _alive
 
-# %% ../nbs/10_watch.ipynb #10-watch-091
+# %% ../nbs/10_watch.ipynb #10-watch-113
 def _metrics(self:Watcher): # yields metric families
     "What Prometheus is told"
     from prometheus_client.core import CounterMetricFamily as Counter, GaugeMetricFamily as Gauge
@@ -1007,10 +1012,11 @@ def _metrics(self:Watcher): # yields metric families
 
 Watcher.metrics = _metrics
 
-# %% ../nbs/10_watch.ipynb #10-watch-092
+# %% ../nbs/10_watch.ipynb #10-watch-114
 class _Collector:
     def __init__(self, watcher): self.collect = watcher.metrics
 
+# %% ../nbs/10_watch.ipynb #10-watch-116
 def metrics_text(watcher)->bytes:
     "Prometheus's text of all figures"
     from prometheus_client import CollectorRegistry, generate_latest
@@ -1026,7 +1032,7 @@ def metrics_server(watcher, port, addr='127.0.0.1'):
     server, thread = start_http_server(port, addr, registry)
     return lambda: (server.shutdown(), server.server_close(), thread.join(2))
 
-# %% ../nbs/10_watch.ipynb #10-watch-095
+# %% ../nbs/10_watch.ipynb #10-watch-119
 def make_watcher(site, # a site file, or a `Site`
                  model='counting', # name or file of weights, or an object with `predict`
                  threads=None, # of the processor for the model
@@ -1047,7 +1053,7 @@ def secret(name, value=None)->str|None:
     "`value` with `${NAME}` filled in, or the environment's CROWD_DENSITY_`name`"
     return fill_secrets(value) if value else os.environ.get(f'CROWD_DENSITY_{name}')
 
-# %% ../nbs/10_watch.ipynb #10-watch-096
+# %% ../nbs/10_watch.ipynb #10-watch-121
 def make_sinks(json=None, # file for JSON Lines, `-` is standard output
                webhook=None, # address; `${NAME}` is filled in from the environment
                webhook_secret=None, # for its signature; or CROWD_DENSITY_WEBHOOK_SECRET
@@ -1061,6 +1067,7 @@ def make_sinks(json=None, # file for JSON Lines, `-` is standard output
     sinks = [JsonLines(json, fresh)] if json is not None else []
     return sinks + ([Webhook(webhook, key)] if webhook else []) + ([Mqtt(mqtt)] if mqtt else [])
 
+# %% ../nbs/10_watch.ipynb #10-watch-123
 @contextmanager
 def stopped_by_signals(watcher):
     "SIGINT and SIGTERM end the watch in good order"
@@ -1072,7 +1079,7 @@ def stopped_by_signals(watcher):
     finally:
         for s, f in old.items(): signal.signal(s, f)
 
-# %% ../nbs/10_watch.ipynb #10-watch-097
+# %% ../nbs/10_watch.ipynb #10-watch-124
 def watch(site, # a site file, or a `Site`
           json=None, # file for readings and events, JSON Lines; standard output if None
           model='counting', # name or file of weights, or an object with `predict`

@@ -7,7 +7,7 @@ import numpy as np, pytest
 from fastapi.testclient import TestClient
 
 from crowd_density import serve
-from crowd_density.serve import Access, Broker, Limit, ServeError, create_app, heat_rgba, is_local, page, sse
+from crowd_density.serve import Access, Broker, ServeError, create_app, heat_rgba, is_local, page
 from crowd_density.watch import History, Watcher, encode_jpeg
 from watching import Dots, Hand, browser, dots, free_port, make_site, site_text, until, write_video
 
@@ -346,7 +346,9 @@ def test_page_finds_a_server_that_comes_back(tmp_path):
         t.start()
         until(lambda: s.started, 20)
         return s, t
-    def down(s, t): s.should_exit = True; t.join(10)
+    def down(s, t):
+        s.should_exit = True
+        t.join(10)
     with browser(tmp_path) as d:
         def text(css): return d.execute_script('return document.querySelector(arguments[0])?.innerText ?? ""', css)
         s, t = up()

@@ -1,5 +1,5 @@
 "Sources, the eye for bad pictures, what survives a kill, and who is told"
-import json, os, random, signal, sqlite3, subprocess, sys, threading, time
+import json, os, random, signal, sqlite3, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,11 +7,11 @@ import cv2, numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 
 from crowd_density import synthetic, watch
-from crowd_density.ground import Reading, parse_site, read_site, scrub
+from crowd_density.ground import parse_site
 from crowd_density.inference import Estimate
 from crowd_density.risk import Event, iso
-from crowd_density.watch import (Clip, Delivery, Folder, History, HistoryError, JsonLines, Picture, PictureCheck, Sink, Source, SourceError,
-                                 Watcher, backoff, clip_pictures, decode_rgb, encode_jpeg, fit_size, jpegs, open_source, pixelated)
+from crowd_density.watch import (Delivery, Folder, History, HistoryError, JsonLines, Picture, PictureCheck, Sink, SourceError,
+                                 Watcher, backoff, clip_pictures, decode_rgb, encode_jpeg, fit_size, jpegs, pixelated)
 from watching import Dots, Hand, Receiver, dots, make_site, site_text, until, write_video
 
 @pytest.fixture(autouse=True)
@@ -21,8 +21,7 @@ def quiet(caplog): caplog.set_level('CRITICAL', 'crowd_density.watch')
 
 JPEG = encode_jpeg(dots(5))
 
-def test_decode_whole():
-    assert decode_rgb(JPEG).shape == (120, 160, 3)
+def test_decode_whole(): assert decode_rgb(JPEG).shape == (120, 160, 3)
 
 @pytest.mark.parametrize('data', [b'', b'GIF89a', JPEG[:-200], JPEG[:len(JPEG)//2], b'<svg/>', bytes(1000)])
 def test_decode_refuses_what_is_not_whole(data):
@@ -180,7 +179,9 @@ def test_newest_picture_only_with_a_slow_model():
     site = make_site({'gate': 'rtsp://x/1'}, rate=50)
     numbers = []
     class Slow(Dots):
-        def predict(self, rgb): numbers.append(int(rgb[0, 0, 0])); return super().predict(rgb)
+        def predict(self, rgb):
+            numbers.append(int(rgb[0, 0, 0]))
+            return super().predict(rgb)
     def paint(i):
         rgb = dots(3, i)
         rgb[0, 0] = i % 256
@@ -192,7 +193,7 @@ def test_newest_picture_only_with_a_slow_model():
     assert np.diff(numbers).min() >= 3 # those between were dropped, not queued
 
 def test_each_camera_keeps_its_rate():
-    rates = {'a': 10, 'b': 4, 'c': 1}
+    rates = dict(a=10, b=4, c=1)
     site = parse_site(''.join(site_text({n: f'rtsp://{n}/'}, rate=r) for n, r in rates.items()))
     w = Watcher(site, Dots(), sources={c.name: Hand(c, lambda i: dots(2, i), 40) for c in site.cameras})
     run_for(w, 3.2)
@@ -227,7 +228,7 @@ def test_eight_cameras_half_an_hour():
 
 def test_black_frozen_and_lost_become_unknown_and_come_back():
     site, mode, told = make_site({'gate': 'rtsp://x/1'}, rate=10, stale_after=1., for_=.3, hold=.5), ['good'], []
-    def paint(i): return {'good': lambda: dots(3, i), 'black': lambda: np.zeros((120, 160, 3), np.uint8), 'frozen': lambda: dots(3, 1), 'lost': lambda: None}[mode[0]]()
+    def paint(i): return dict(good=lambda: dots(3, i), black=lambda: np.zeros((120, 160, 3), np.uint8), frozen=lambda: dots(3, 1), lost=lambda: None)[mode[0]]()
     w = Watcher(site, Dots(), sources={'gate': Hand(site.cameras[0], paint, 20)}, listeners=[lambda k, e: told.append(e)], risk=dict(source_cooldown=.1))
     w.start()
     zone = w.cameras['gate'].zones['square']
@@ -275,7 +276,8 @@ def test_a_model_that_fails_blinds_one_camera_only():
 def test_picture_in_to_event_out():
     site, receiver = make_site({'gate': 'rtsp://x/1'}, rate=10, for_=0, hold=0), Receiver()
     n, model_s, arrived = [0], .1, {}
-    w = Watcher(site, Dots(model_s), sinks=[watch.Webhook(receiver.url)], sources={'gate': Hand(site.cameras[0], lambda i: dots(n[0], i), 20)}, risk=dict(cooldown=.1, source_cooldown=.1))
+    hand = Hand(site.cameras[0], lambda i: dots(n[0], i), 20)
+    w = Watcher(site, Dots(model_s), sinks=[watch.Webhook(receiver.url)], sources={'gate': hand}, risk=dict(cooldown=.1, source_cooldown=.1))
     judge = w.judge
     def noted(c, picture):
         for e in judge(c, picture): arrived[e.id] = picture.arrived
@@ -325,7 +327,8 @@ def square():
 def watch_square(square, change=lambda t, rgb: rgb):
     clip, frames, site = square
     truth, told, changed = {}, [], ((f[0], change(f[0], f[1]), f[2]) for f in frames)
-    w = Watcher(site, Oracle(truth), sources={site.cameras[0].name: Script((f for f in changed if f[1] is not None), truth)}, listeners=[lambda k, e: told.append(e)])
+    script = Script((f for f in changed if f[1] is not None), truth)
+    w = Watcher(site, Oracle(truth), sources={site.cameras[0].name: script}, listeners=[lambda k, e: told.append(e)])
     w.run()
     seconds = {id(e): watch.time.mktime(time.strptime(e['time'][:19], '%Y-%m-%dT%H:%M:%S')) - time.mktime(time.gmtime(0)) for e in told}
     return [(seconds[id(e)], e) for e in told if e['kind'] != 'reading']
@@ -572,7 +575,8 @@ w.run()
 def kill_loop(tmp_path, kills, seed=0):
     "Kill a watching process at random moments; (events, deliveries, times killed while watching)"
     rnd, receiver, watched = random.Random(seed), Receiver(), 0
-    def spawn(): return subprocess.Popen([sys.executable, '-c', CHILD.format(port=receiver.server_port), str(Path(__file__).parent)], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, '-c', CHILD.format(port=receiver.server_port), str(Path(__file__).parent)]
+    def spawn(): return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     for k in range(kills):
         p = spawn()
         if k % 5 == 0: time.sleep(rnd.uniform(0, 1.2)) # also while it starts

@@ -1,5 +1,5 @@
 "Stand-ins for cameras, models and receivers, shared by the tests of watch and serve"
-import json, os, shutil, socket, subprocess, sys, threading, time
+import json, shutil, socket, subprocess, threading, time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -8,7 +8,7 @@ import cv2, numpy as np, pytest
 
 from crowd_density.ground import parse_site
 from crowd_density.inference import Estimate
-from crowd_density.watch import Source, SourceError, encode_jpeg
+from crowd_density.watch import Source, SourceError
 
 SIZE = 120, 160 # height, width of the stand-ins' pictures, pixels
 SIDES = 4., 3.  # metres of the ground that they show: 12 m²
