@@ -198,8 +198,8 @@ def wheel(root, tmp_path_factory):
         if f.split('/')[0] in ('nbs', 'tests', '.ci') or not (root/f).is_file(): continue
         (src/f).parent.mkdir(parents=True, exist_ok=True)
         os.link(root/f, src/f) if (root/f).stat().st_dev == src.stat().st_dev else (src/f).write_bytes((root/f).read_bytes())
-    isolation = [] if metadata.version('setuptools') < '77' else ['--no-isolation']
-    got = subprocess.run([sys.executable, '-m', 'build', '--wheel', *isolation, '-o', str(out), str(src)], capture_output=True, text=True)
+    if int(metadata.version('setuptools').split('.')[0]) < 77: pytest.skip('setuptools is older than the build needs: no network to get it')
+    got = subprocess.run([sys.executable, '-m', 'build', '--wheel', '--no-isolation', '-o', str(out), str(src)], capture_output=True, text=True)
     assert got.returncode == 0, got.stdout[-2000:] + got.stderr[-2000:]
     return next(out.glob('*.whl'))
 
