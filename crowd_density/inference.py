@@ -665,10 +665,11 @@ def overlay(rgb, # uint8 (h, w, 3)
     out = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA) if k < 1 else rgb.copy()
     if e.human is not None: strength = cv2.resize(e.human.astype(np.float32), size)
     elif e.density is not None:
-        strength = cv2.resize(np.minimum(e.density/(e.cell**2*2*LEVEL), 4)/4, size, interpolation=cv2.INTER_LINEAR)**.5
+        smooth = cv2.GaussianBlur(e.density, (0, 0), 1.5)/(e.cell**2*3*LEVEL) # of the map for the eye only
+        strength = cv2.resize(np.minimum(smooth, 1), size, interpolation=cv2.INTER_LINEAR)**.5
     else: strength = np.zeros(size[::-1], np.float32)
     colour = cv2.applyColorMap((strength*255).clip(0, 255).astype(np.uint8), cv2.COLORMAP_TURBO)[..., ::-1]
-    alpha = (strength.clip(0, 1)*.6)[..., None]
+    alpha = (strength.clip(0, 1)*.75)[..., None]
     out = (out*(1-alpha) + colour*alpha).astype(np.uint8)
     _caption(out, says(e))
     return out
