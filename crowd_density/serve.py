@@ -508,7 +508,7 @@ def page(name)->tuple: # text, its content security policy
     def allowed(tag): return ' '.join(f"'sha256-{b64encode(hashlib.sha256(t.encode()).digest()).decode()}'" for t in re.findall(f'<{tag}>(.*?)</{tag}>', text, re.S)) or "'none'"
     return text, f"{_POLICY}; script-src {allowed('script')}; style-src {allowed('style')}; img-src 'self' data:; connect-src 'self'"
 
-# %% ../nbs/11_serve.ipynb #11-serve-056
+# %% ../nbs/11_serve.ipynb #11-serve-057
 def _html(text, policy, status=200): return HTMLResponse(text, status, {'content-security-policy': policy})
 
 @api.get('/', response_class=HTMLResponse, include_in_schema=False)
@@ -519,7 +519,7 @@ def session(desk:AtDesk, request:Request)->dict[str, Any]:
     "The CSRF token of this session; null where none is needed"
     return dict(csrf=desk.access.csrf(request.cookies.get('crowd_density', '')), open=desk.access.open, version=__version__, time=time.time())
 
-# %% ../nbs/11_serve.ipynb #11-serve-057
+# %% ../nbs/11_serve.ipynb #11-serve-059
 @api.get('/login', response_class=HTMLResponse, include_in_schema=False)
 def login_page(): return _html(*page('login.html'))
 
@@ -545,7 +545,7 @@ def logout(desk:AtDesk, request:Request):
     answer.delete_cookie('crowd_density')
     return answer
 
-# %% ../nbs/11_serve.ipynb #11-serve-059
+# %% ../nbs/11_serve.ipynb #11-serve-061
 async def _too_long(request, e): return JSONResponse(dict(detail=f'at most {MAX_BODY/1e6:g} MB'), 413)
 
 def create_app(site=None, # a site file, or a `Site`
@@ -574,7 +574,7 @@ def create_app(site=None, # a site file, or a `Site`
     app.state.desk = Desk(watcher, access)
     return app
 
-# %% ../nbs/11_serve.ipynb #11-serve-071
+# %% ../nbs/11_serve.ipynb #11-serve-073
 class Server(uvicorn.Server):
     "A server that ends the pages' streams when it is told to stop, instead of waiting for them"
     def __init__(self, app, **kwargs): # for `uvicorn.Config`
@@ -584,7 +584,7 @@ class Server(uvicorn.Server):
         self.config.app.state.desk.broker.close()
         await super().shutdown(sockets)
 
-# %% ../nbs/11_serve.ipynb #11-serve-072
+# %% ../nbs/11_serve.ipynb #11-serve-074
 def _listen(host, port):
     "A listening socket"
     try:
@@ -592,7 +592,7 @@ def _listen(host, port):
         return socket.create_server((host.strip('[]'), port), family=family)
     except OSError as e: raise ServeError(f'{host}:{port}', 'an address to listen on', e.strerror or str(e)) from None
 
-# %% ../nbs/11_serve.ipynb #11-serve-074
+# %% ../nbs/11_serve.ipynb #11-serve-076
 def serve(site, # a site file, or a `Site`
           host='127.0.0.1', # address to listen on
           port=8000, # 0 takes a free one
