@@ -362,7 +362,8 @@ def _zone_out(desk, w, zone)->dict:
     age = None if w.time is None or r is None else max(0., time.time() - w.time)
     numbers = {k: r[k] if known and r else None for k in ('density', 'low', 'high', 'worst_patch', 'count')}
     return dict(camera=w.name, zone=zone.name, level=risk.level, words=risk.words(), since=desk.since.get((w.name, zone.name)),
-                reason=risk.reason, time=r and r['time'], age=age, stale_after=w.camera.stale_after, trend=dict(per_minute=trend.per_minute, to=trend.to, seconds=trend.seconds),
+                reason=risk.reason, time=r and r['time'], age=age, stale_after=w.camera.stale_after,
+                trend=dict(per_minute=trend.per_minute, to=trend.to, seconds=trend.seconds),
                 levels=zone.levels.model_dump(by_alias=True), **numbers, **_polygons(w, zone))
 
 # %% ../nbs/11_serve.ipynb #11-serve-040
@@ -574,7 +575,7 @@ def create_app(site=None, # a site file, or a `Site`
     app.state.desk = Desk(watcher, access)
     return app
 
-# %% ../nbs/11_serve.ipynb #11-serve-073
+# %% ../nbs/11_serve.ipynb #11-serve-074
 class Server(uvicorn.Server):
     "A server that ends the pages' streams when it is told to stop, instead of waiting for them"
     def __init__(self, app, **kwargs): # for `uvicorn.Config`
@@ -584,7 +585,7 @@ class Server(uvicorn.Server):
         self.config.app.state.desk.broker.close()
         await super().shutdown(sockets)
 
-# %% ../nbs/11_serve.ipynb #11-serve-074
+# %% ../nbs/11_serve.ipynb #11-serve-075
 def _listen(host, port):
     "A listening socket"
     try:
@@ -592,7 +593,7 @@ def _listen(host, port):
         return socket.create_server((host.strip('[]'), port), family=family)
     except OSError as e: raise ServeError(f'{host}:{port}', 'an address to listen on', e.strerror or str(e)) from None
 
-# %% ../nbs/11_serve.ipynb #11-serve-076
+# %% ../nbs/11_serve.ipynb #11-serve-077
 def serve(site, # a site file, or a `Site`
           host='127.0.0.1', # address to listen on
           port=8000, # 0 takes a free one

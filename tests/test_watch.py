@@ -333,8 +333,7 @@ def watch_square(square, change=lambda t, rgb: rgb):
     seconds = {id(e): watch.time.mktime(time.strptime(e['time'][:19], '%Y-%m-%dT%H:%M:%S')) - time.mktime(time.gmtime(0)) for e in told}
     return [(seconds[id(e)], e) for e in told if e['kind'] != 'reading']
 
-def crossing(clip, density=5.):
-    return next(t for t in np.arange(0, clip.seconds, .25) if clip.density(t) >= density)
+def crossing(clip, density=5.): return next(t for t in np.arange(0, clip.seconds, .25) if clip.density(t) >= density)
 
 def test_square_goes_critical_once_and_comes_back(square):
     events = watch_square(square)
