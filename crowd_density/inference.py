@@ -554,11 +554,12 @@ class Model:
 def load(name='counting', # 'counting', 'segmentation', a `.onnx` or `.safetensors` file, or the folder of a run
          threads=None, # of the processor; all that this process may use if None
          providers=None, # 'cpu', 'cuda', 'openvino' or ONNX Runtime's own names
-         int8=None # the quantised copy, see `quantise`; if None, where the card says that this is the default
+         int8=None # the quantised copy, see `quantise`; if None, where a copy is there whose card says that it is the default
         )->Model:
     "A model ready to look at pictures; nothing in the file is executed as code"
     path = model_path(name)
-    if int8 is None: int8 = (_envelope(path)[0].get('int8') or {}).get('default') and path.with_suffix('.int8.onnx').is_file()
+    copy = path.with_suffix('.int8.onnx')
+    if int8 is None: int8 = copy.is_file() and (_envelope(copy)[0].get('int8') or {}).get('default')
     return Model(quantised(path) if int8 else path, threads, providers)
 
 # %% ../nbs/07_inference.ipynb #07-inference-074

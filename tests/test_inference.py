@@ -461,7 +461,7 @@ def test_finish_and_quantise(tmp_path):
     small = load(path, int8=True)
     assert small.card['bits'] == 8 and abs(small.predict(rgb).count - before.sum()) < .05*before.sum() and .8 <= small.gain <= 1.25
     assert load(path).card.get('bits') is None
-    update_card(path, int8=dict(default=True))
+    update_card(tmp_path/'a.int8.onnx', int8=dict(default=True))
     assert load(path).card['bits'] == 8 and load(path, int8=False).card.get('bits') is None
     (tmp_path/'a.int8.onnx').rename(tmp_path/'b.int8.onnx')
     assert load(path).card.get('bits') is None # the default asks for a copy that is there
