@@ -361,10 +361,9 @@ def _zone_out(desk, w, zone)->dict:
     known, trend = risk.level != 'unknown', risk.trend()
     age = None if w.time is None or r is None else max(0., time.time() - w.time)
     numbers = {k: r[k] if known and r else None for k in ('density', 'low', 'high', 'worst_patch', 'count')}
+    more = dict(trend=dict(per_minute=trend.per_minute, to=trend.to, seconds=trend.seconds), levels=zone.levels.model_dump(by_alias=True), **_polygons(w, zone))
     return dict(camera=w.name, zone=zone.name, level=risk.level, words=risk.words(), since=desk.since.get((w.name, zone.name)),
-                reason=risk.reason, time=r and r['time'], age=age, stale_after=w.camera.stale_after,
-                trend=dict(per_minute=trend.per_minute, to=trend.to, seconds=trend.seconds),
-                levels=zone.levels.model_dump(by_alias=True), **numbers, **_polygons(w, zone))
+                reason=risk.reason, time=r and r['time'], age=age, stale_after=w.camera.stale_after, **numbers, **more)
 
 # %% ../nbs/11_serve.ipynb #11-serve-040
 @api.get('/api/cameras', response_model=list[CameraOut])
