@@ -9,7 +9,7 @@ __all__ = ['Point', 'PATCH_M', 'scrub', 'fill_secrets', 'GroundError', 'homograp
            'solve', 'CalibrateServer', 'calibrate']
 
 # %% ../nbs/08_ground.ipynb #08-ground-004
-import csv, difflib, functools, io, json, os, re, sys, webbrowser, time as clock
+import csv, difflib, functools, io, json, os, re, sys, tomllib, webbrowser, time as clock
 from dataclasses import dataclass, asdict, replace
 from hmac import compare_digest
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,8 +21,6 @@ from typing import Literal
 from urllib.parse import parse_qs, quote, urlsplit
 
 import numpy as np, shapely, tomlkit
-try: import tomllib
-except ImportError: import tomli as tomllib # Python 3.10
 from fastcore.basics import patch
 from PIL import Image, ImageDraw
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, PrivateAttr, ValidationError
@@ -46,7 +44,7 @@ def scrub(text # anything that will be printed, logged or shown
 
 # %% ../nbs/08_ground.ipynb #08-ground-009
 def fill_secrets(text, # an address with `${NAME}` in it
-                 env=None # where names are looked up; the environment if None
+    env=None # where names are looked up; the environment if None
                 )->str: # the address with secrets: never print it
     "`text` with each `${NAME}` replaced from the environment; `KeyError` names one that is not set"
     env = os.environ if env is None else env
@@ -60,7 +58,7 @@ def fill_secrets(text, # an address with `${NAME}` in it
 class GroundError(DataError): "A calibration that cannot be used"
 
 _CROSSED = ('calibration', 'points in the same order in the picture and in metres',
-            'points that cross (the horizon would pass between them)')
+    'points that cross (the horizon would pass between them)')
 
 def _normaliser(xy):
     "Matrix that moves `xy` to mean 0 and mean distance √2"
@@ -73,17 +71,17 @@ def _apply(matrix, xy):
     p = np.asarray(xy, float)@matrix[:, :2].T + matrix[:, 2]
     with np.errstate(divide='ignore', invalid='ignore'): return p[..., :2]/p[..., 2:], p[..., 2]
 
+# %% ../nbs/08_ground.ipynb #08-ground-012-0
 def _dlt(a, b):
     "Homography from `a` to `b` (both normalised), and how well the points fix it, 0 to 1"
     (x, y), (u, v), o, z = a.T, b.T, np.ones(len(a)), np.zeros(len(a))
-    rows = np.concatenate([np.stack([x, y, o, z, z, z, -u*x, -u*y, -u], 1),
-                           np.stack([z, z, z, x, y, o, -v*x, -v*y, -v], 1)])
+    rows = np.concatenate([np.stack([x, y, o, z, z, z, -u * x, -u * y, -u], 1), np.stack([z, z, z, x, y, o, -v * x, -v * y, -v], 1)])
     _, s, vt = np.linalg.svd(rows)
     return vt[-1].reshape(3, 3), s[7]/s[0]
 
 # %% ../nbs/08_ground.ipynb #08-ground-013
 def homography(points_px, # (n, 2) `(x, y)` pixels, n of four or more
-               points_m # (n, 2) the same places on the ground, metres
+    points_m # (n, 2) the same places on the ground, metres
               )->np.ndarray: # (3, 3) from pixels to metres, its `w` positive on the visible ground
     "Homography by least squares: distances in the picture are minimised"
     px, m = np.asarray(points_px, float), np.asarray(points_m, float)
@@ -102,8 +100,8 @@ def homography(points_px, # (n, 2) `(x, y)` pixels, n of four or more
 
 # %% ../nbs/08_ground.ipynb #08-ground-019
 def find_camera(matrix, # (3, 3) pixels to metres
-                size_hw, # `(height, width)` of the picture, pixels
-                height_m=None # of the camera above the ground, metres, if known
+    size_hw, # `(height, width)` of the picture, pixels
+    height_m=None # of the camera above the ground, metres, if known
                )->tuple: # foot (2,) metres, height metres, focal length pixels, disagreement (0 is none)
     "Foot, height and focal length of the camera, its axis through the middle of the picture"
     h, w = size_hw
@@ -153,11 +151,11 @@ class Ground:
         "How much nearer to the camera's foot things of this height stand than they seem"
         if not height_m or self.camera_height_m is None: return 1., np.zeros(2)
         if self.camera_m is None: raise GroundError('calibration', 'the size of the picture (Ground.at)',
-                                                    'none, so the foot of the camera is unknown')
+            'none, so the foot of the camera is unknown')
         return (self.camera_height_m-height_m)/self.camera_height_m, np.asarray(self.camera_m, float)
 
     def to_ground(self, xy, # (..., 2) `(x, y)` pixels
-                  height_m=0. # of what is seen there above the ground, metres: `ground.head_m` for heads
+        height_m=0. # of what is seen there above the ground, metres: `ground.head_m` for heads
                  )->np.ndarray: # (..., 2) metres, NaN above the horizon
         "Places on the ground of what is seen at `xy`"
         q, w = _apply(self.matrix, xy)
@@ -165,7 +163,7 @@ class Ground:
         return np.where(w[..., None] > 1e-9, foot+(q-foot)*k, np.nan)
 
     def to_image(self, xy_m, # (..., 2) metres
-                 height_m=0. # above the ground, metres
+        height_m=0. # above the ground, metres
                 )->np.ndarray: # (..., 2) `(x, y)` pixels, NaN behind the camera
         "Where things at `xy_m` and `height_m` above the ground are seen"
         k, foot = self._shrink(height_m)
@@ -175,25 +173,24 @@ class Ground:
 # %% ../nbs/08_ground.ipynb #08-ground-031
 def _check_points(px, m, camera_height_m, head_m):
     "Refuse points that cannot be fitted"
-    if min(len(px), len(m)) < 4:
-        raise GroundError('calibration', 'four or more points', f'{len(px)} in pixels, {len(m)} in metres')
+    if min(len(px), len(m)) < 4: raise GroundError('calibration', 'four or more points', f'{len(px)} in pixels, {len(m)} in metres')
     if len(px) != len(m): raise GroundError('calibration', f'as many points in metres as in pixels ({len(px)})', len(m))
     if not np.isfinite([px, m]).all(): raise GroundError('calibration', 'finite points', 'NaN or infinity')
     if camera_height_m is not None and not camera_height_m > head_m+.3:
         raise GroundError('calibration', f'a camera above the heads ({head_m} m and .3 m)',
-                          f'camera_height_m = {camera_height_m}')
+            f'camera_height_m = {camera_height_m}')
     for p, what in ((px, 'picture'), (m, 'ground')):
         if np.linalg.matrix_rank(p-p.mean(0), tol=.02*np.ptp(p, 0).max()) < 2:
             raise GroundError('calibration', f'points spread over the {what}', 'points (nearly) on one line')
 
 @patch(cls_method=True)
 def fit(cls:Ground, points_px, # (n, 2) `(x, y)` pixels, four or more
-         points_m, # (n, 2) metres
-         camera_height_m=None, # above the ground, metres; without it heads are not corrected
-         head_m=1.6, # height of heads, metres
-         size_hw=None, # of the picture, pixels; without it, the first picture's
-         camera_m=None, # the place under the camera, metres, if measured
-         **kwargs # `margin`, `max_cell_m2`
+    points_m, # (n, 2) metres
+    camera_height_m=None, # above the ground, metres; without it heads are not corrected
+    head_m=1.6, # height of heads, metres
+    size_hw=None, # of the picture, pixels; without it, the first picture's
+    camera_m=None, # the place under the camera, metres, if measured
+    **kwargs # `margin`, `max_cell_m2`
         )->Ground:
     "Ground from picture points and their places in metres, by least squares"
     px, m = (np.asarray(p, float).reshape(-1, 2) for p in (points_px, points_m))
@@ -203,9 +200,9 @@ def fit(cls:Ground, points_px, # (n, 2) `(x, y)` pixels, four or more
     off_px = np.linalg.norm(_apply(np.linalg.inv(matrix), m)[0]-px, axis=1)
     res, width = float((off_m**2).mean()**.5), shapely.MultiPoint(m).convex_hull.area**.5
     if res > .05*width: raise GroundError('calibration', f'points that agree within {.05*width:.2f} m',
-                                          f'a residual of {res:.2f} m, most at point {off_m.argmax()+1}')
+        f'a residual of {res:.2f} m, most at point {off_m.argmax()+1}')
     ground = cls(matrix, px, m, res, float((off_px**2).mean()**.5), camera_height_m, head_m,
-                 None if camera_m is None else np.asarray(camera_m, float), **kwargs)
+        None if camera_m is None else np.asarray(camera_m, float), **kwargs)
     return ground if size_hw is None else ground.at(size_hw)
 
 # %% ../nbs/08_ground.ipynb #08-ground-035
@@ -216,21 +213,19 @@ def at(self:Ground, size_hw # `(height, width)`, pixels
     size_hw = tuple(int(v) for v in size_hw)
     if self.size_hw is None:
         camera_m = self.camera_m
-        if camera_m is None and self.camera_height_m:
-            camera_m = find_camera(self.matrix, size_hw, self.camera_height_m)[0]
+        if camera_m is None and self.camera_height_m: camera_m = find_camera(self.matrix, size_hw, self.camera_height_m)[0]
         return replace(self, size_hw=size_hw, camera_m=camera_m)
     if self.size_hw == size_hw: return self
     (h0, w0), (h, w) = self.size_hw, size_hw
-    if abs(np.log((w/w0)/(h/h0))) > .02:
-        raise GroundError('calibration', f'pictures of {w0}x{h0} pixels or in proportion', f'{w}x{h}')
+    if abs(np.log((w/w0)/(h/h0))) > .02: raise GroundError('calibration', f'pictures of {w0}x{h0} pixels or in proportion', f'{w}x{h}')
     scale = np.diag([w0/w, h0/h, 1.])
     return replace(self, size_hw=size_hw, matrix=self.matrix@scale, points_px=self.points_px*[w/w0, h/h0])
 
 # %% ../nbs/08_ground.ipynb #08-ground-038
 @patch(cls_method=True)
 def from_rectangle(cls:Ground, corners_px, # (4, 2) pixels, in order round the rectangle
-                    sides_m, # the length from corner 1 to 2 and from corner 2 to 3, metres
-                    **kwargs # as for `Ground.fit`
+    sides_m, # the length from corner 1 to 2 and from corner 2 to 3, metres
+    **kwargs # as for `Ground.fit`
                    )->Ground:
     "Ground from a rectangle on it, its sides known"
     a, b = (float(s) for s in sides_m)
@@ -252,11 +247,11 @@ def _horizon_matrix(horizon_px, size_hw, f, height_m):
 
 @patch(cls_method=True)
 def from_horizon(cls:Ground, horizon_px, # (2, 2) two points of the horizon, pixels
-                  lengths, # [(p, q, metres), …]: two picture points on the ground and their distance
-                  size_hw, # of the picture, pixels
-                  camera_height_m=None, # above the ground, metres
-                  fov_deg=None, # horizontal field of view, degrees
-                  **kwargs # `head_m`, `margin`, `max_cell_m2`
+    lengths, # [(p, q, metres), …]: two picture points on the ground and their distance
+    size_hw, # of the picture, pixels
+    camera_height_m=None, # above the ground, metres
+    fov_deg=None, # horizontal field of view, degrees
+    **kwargs # `head_m`, `margin`, `max_cell_m2`
                  )->Ground:
     "Ground from the horizon and lengths on the ground; the origin is under the camera"
     ends = np.array([[p, q] for p, q, _ in lengths], float).reshape(-1, 2, 2)
@@ -277,13 +272,13 @@ def from_horizon(cls:Ground, horizon_px, # (2, 2) two points of the horizon, pix
     fit = least_squares(off, [0., np.log(height)], bounds=([-2, -2], [3, 6]))
     loose = np.linalg.cond(fit.jac) > 1e6 or np.linalg.inv(fit.jac.T@fit.jac).diagonal().max() > 10**2
     if loose: raise GroundError('calibration', 'a length across and one away from the camera',
-                                'lengths that leave the focal length open')
+        'lengths that leave the focal length open')
     height = float(np.exp(fit.x[1]))
     res = float(np.abs(np.exp(off(fit.x)[:len(metres)])-1).max())
     if res > .1: raise GroundError('calibration', 'lengths that agree within 10 %', f'{100*res:.0f} %')
     matrix, none = _horizon_matrix(horizon_px, size_hw, f0*np.exp(fit.x[0]), height), np.zeros((0, 2))
     return cls(matrix, none, none, res*metres.mean(), 0., camera_height_m or height, camera_m=np.zeros(2),
-               size_hw=tuple(size_hw), **kwargs)
+        size_hw=tuple(size_hw), **kwargs)
 
 # %% ../nbs/08_ground.ipynb #08-ground-045
 _GAUSS = .5+np.array([-1, 1])/12**.5 # of Gauss and Legendre: exact for cubic functions
@@ -299,13 +294,12 @@ def _sample_areas(ground, xy, height_m):
     "Ground area of a square pixel at `xy` of things `height_m` above the ground, m²; NaN above the horizon"
     w = _apply(ground.matrix, xy)[1]
     k = ground._shrink(height_m)[0]
-    with np.errstate(divide='ignore', invalid='ignore'):
-        return np.where(w > 1e-9, abs(np.linalg.det(ground.matrix))*k**2/w**3, np.nan)
+    with np.errstate(divide='ignore', invalid='ignore'): return np.where(w > 1e-9, abs(np.linalg.det(ground.matrix))*k**2/w**3, np.nan)
 
 @patch
 def cell_area(self:Ground, size_hw, # `(height, width)` of the picture, pixels
-               cell, # side of a cell, pixels
-               height_m=None # of what is counted above the ground; heads if None
+    cell, # side of a cell, pixels
+    height_m=None # of what is counted above the ground; heads if None
               )->np.ndarray: # (rows, columns) m² a cell; NaN where it is unknown
     "Ground that each cell of a map covers; NaN beyond the horizon or the calibrated ground, and above `max_cell_m2`"
     g = self.at(size_hw)
@@ -346,6 +340,7 @@ class Level(_Model):
     for_: float=Field(5, ge=0, alias='for')
     hold: float=Field(10, ge=0)
 
+# %% ../nbs/08_ground.ipynb #08-ground-054-0
 class Levels(_Model):
     "The three levels above clear; the defaults' sources stand in `risk`"
     busy: Level=Level(enter=2., leave=1.6, for_=5, hold=10)
@@ -391,16 +386,14 @@ def _ground_of(spec # a `Calibration`
     kw = {k: getattr(spec, k) for k in ('camera_height_m', 'head_m', 'margin', 'max_cell_m2')}
     size_hw = spec.size_px and spec.size_px[::-1]
     ways = [w for w in ('points_px', 'rectangle_px', 'horizon_px') if getattr(spec, w) is not None]
-    if len(ways) != 1:
-        raise GroundError('calibration', 'one of points_px, rectangle_px, horizon_px', ' and '.join(ways) or 'none')
+    if len(ways) != 1: raise GroundError('calibration', 'one of points_px, rectangle_px, horizon_px', ' and '.join(ways) or 'none')
     if spec.horizon_px is not None:
         if size_hw is None: raise GroundError('calibration', 'size_px = [width, height] beside horizon_px', 'none')
         lengths = [(*l.px, l.m) for l in spec.lengths]
         return Ground.from_horizon(spec.horizon_px, lengths, size_hw, fov_deg=spec.fov_deg, **kw)
     kw.update(size_hw=size_hw, camera_m=spec.camera_m)
     if spec.rectangle_px is not None:
-        if spec.rectangle_m is None:
-            raise GroundError('calibration', 'rectangle_m = [side, side] beside rectangle_px', 'none')
+        if spec.rectangle_m is None: raise GroundError('calibration', 'rectangle_m = [side, side] beside rectangle_px', 'none')
         return Ground.from_rectangle(spec.rectangle_px, spec.rectangle_m, **kw)
     return Ground.fit(spec.points_px, [] if spec.points_m is None else spec.points_m, **kw)
 
@@ -488,6 +481,7 @@ def _known_keys(loc):
         if model is None: return []
     return [f.alias or n for n, f in model.model_fields.items()]
 
+# %% ../nbs/08_ground.ipynb #08-ground-064-0
 def _complaint(error):
     "(loc, expected, found) of a pydantic error"
     loc, kind, seen = tuple(error['loc']), error['type'], error.get('input')
@@ -506,10 +500,8 @@ def _check_levels(levels):
     for name in ('busy', 'crowded', 'critical'):
         level = getattr(levels, name)
         if not level.leave < level.enter: yield (name, 'leave'), f'below enter {level.enter:g}', f'{level.leave:g}'
-        if below and not level.enter > below.enter:
-            yield (name, 'enter'), f"above {low}'s {below.enter:g}", f'{level.enter:g}'
-        if below and level.leave < below.leave:
-            yield (name, 'leave'), f"{low}'s {below.leave:g} or more", f'{level.leave:g}'
+        if below and not level.enter > below.enter: yield (name, 'enter'), f"above {low}'s {below.enter:g}", f'{level.enter:g}'
+        if below and level.leave < below.leave: yield (name, 'leave'), f"{low}'s {below.leave:g} or more", f'{level.leave:g}'
         low, below = name, level
 
 def _check_zone(zone, ground):
@@ -528,8 +520,7 @@ def _check_zone(zone, ground):
 def _check_sight(points, key, ground):
     "Complaints about where a zone lies"
     px, w = _apply(ground.matrix if key == 'polygon_px' else np.linalg.inv(ground.matrix), points)
-    if w.min() <= 1e-9:
-        yield 'a zone on the ground, in front of the camera and below the horizon', f'point {w.argmin()+1} beyond it'
+    if w.min() <= 1e-9: yield 'a zone on the ground, in front of the camera and below the horizon', f'point {w.argmin()+1} beyond it'
     elif key == 'polygon_px' and ground.size_hw is not None:
         size, px = ground.size_hw[::-1], np.array(points)
         out = ((px < 0) | (px > size)).any(1)
@@ -540,8 +531,7 @@ def _check_sight(points, key, ground):
 def _check_camera(camera, secrets):
     "Complaints about a camera"
     for name in _SECRET.findall(camera.source):
-        if secrets and not os.environ.get(name):
-            yield ('source',), f'the environment variable {name} to be set (export {name}=…)', 'none'
+        if secrets and not os.environ.get(name): yield ('source',), f'the environment variable {name} to be set (export {name}=…)', 'none'
     userinfo = re.match(r'[\w+.-]+://[^/\s]*:([^/\s]*)@', camera.source)
     if userinfo and userinfo[1] and not _SECRET.search(userinfo[1]):
         yield ('source',), 'the password as ${NAME}, set in the environment', 'a password written in the file'
@@ -567,8 +557,8 @@ def _check_site(site, secrets):
 
 # %% ../nbs/08_ground.ipynb #08-ground-069
 def parse_site(text, # TOML
-               name='site.toml', # for messages
-               secrets=True # False: do not ask for the environment's
+    name='site.toml', # for messages
+    secrets=True # False: do not ask for the environment's
               )->Site:
     "A site from its text; `SiteError` names each wrong line and key"
     lines = locate(text)
@@ -596,8 +586,9 @@ def _plain(doc):
         if isinstance(c, dict) and type(c.get('source')) is int: c['source'] = str(c['source'])
     return doc
 
+# %% ../nbs/08_ground.ipynb #08-ground-069-0
 def read_site(path, # of the TOML file
-              secrets=True # False: do not ask for the environment's
+    secrets=True # False: do not ask for the environment's
              )->Site:
     "Read and check a site file"
     path = Path(path)
@@ -669,6 +660,7 @@ def _shares(ground, polygon, size_hw, cells, cell):
     number = np.repeat(ij@[cells.shape[1], 1], xy.shape[1]).reshape(weight.shape)
     return number[weight > 0], at[weight > 0], weight[weight > 0]
 
+# %% ../nbs/08_ground.ipynb #08-ground-075-0
 def _plan(camera, zone, size_hw, cell):
     "Work out how `zone` is measured on maps of this size"
     ground = camera.ground.at(size_hw)
@@ -720,8 +712,7 @@ def _reading(camera, zone, estimate, time, min_known):
     key, shape = (zone.name, size_hw, cell), tuple(-(-n//cell) for n in size_hw)
     if key not in camera._plans: camera._plans[key] = _plan(camera, zone, size_hw, cell)
     plan, d = camera._plans[key], estimate.density
-    if plan.known < min_known:
-        return f'{100*(1-plan.known):.0f} % of the zone lies outside the picture or its calibrated ground'
+    if plan.known < min_known: return f'{100*(1-plan.known):.0f} % of the zone lies outside the picture or its calibrated ground'
     if d.shape != shape: raise GroundError('density', f'a map of {shape} cells of {cell} px', d.shape)
     if not np.isfinite(d).all(): return 'the model gave no number'
     people = (plan.people@d.ravel().astype(float)).reshape(plan.raster_m2.shape)
@@ -732,9 +723,9 @@ def _reading(camera, zone, estimate, time, min_known):
     return Reading(camera.name, zone.name, time, density, low, high, max(_worst_patch(people, plan), density), n)
 
 def measure(camera, # a `Camera`
-            estimate, # of its picture: `density`, `cell`, `size_hw`, `low`, `high`, `error`
-            time=None, # seconds; now if None
-            min_known=.8 # part of a zone that must be known
+    estimate, # of its picture: `density`, `cell`, `size_hw`, `low`, `high`, `error`
+    time=None, # seconds; now if None
+    min_known=.8 # part of a zone that must be known
            )->list[Reading]: # one a zone
     "People per m² in each zone of `camera`"
     time, out = clock.time() if time is None else time, []
@@ -759,8 +750,8 @@ def _shown(ground, size_hw):
     return (*at.min(0), *at.max(0)) if len(at) else (0, 0, 0, 0)
 
 def grid_lines(ground, # a `Ground`
-               size_hw, # of the picture, pixels
-               step_m=None # between lines, metres; 1, 2, 5, 10 … if None, so that there are at most 60
+    size_hw, # of the picture, pixels
+    step_m=None # between lines, metres; 1, 2, 5, 10 … if None, so that there are at most 60
               )->tuple: # [(whole tens, (k, 2) pixels), …], step in metres
     "Lines of a metre grid on the calibrated ground, as seen in the picture"
     ground = ground.at(size_hw)
@@ -779,16 +770,15 @@ def grid_lines(ground, # a `Ground`
 
 # %% ../nbs/08_ground.ipynb #08-ground-095
 def draw_grid(rgb, # uint8 (h, w, 3)
-              ground, # a `Ground`
-              step_m=None, # between lines, metres
-              zones=(), # `Zone`s to outline
-              colour=(255, 225, 60) # of the lines
+    ground, # a `Ground`
+    step_m=None, # between lines, metres
+    zones=(), # `Zone`s to outline
+    colour=(255, 225, 60) # of the lines
              )->np.ndarray: # uint8 (h, w, 3)
     "The picture with a metre grid on its ground, every fifth line bold, and its zones"
     image, size_hw = Image.fromarray(rgb), rgb.shape[:2]
     draw, ground, width = ImageDraw.Draw(image), ground.at(size_hw), max(1, round(max(size_hw)/900))
-    for bold, px in grid_lines(ground, size_hw, step_m)[0]:
-        draw.line([tuple(p) for p in px], fill=colour, width=width*(2 if bold else 1))
+    for bold, px in grid_lines(ground, size_hw, step_m)[0]: draw.line([tuple(p) for p in px], fill=colour, width=width*(2 if bold else 1))
     for zone in zones:
         edge = shapely.segmentize(zone_polygon(zone, ground).exterior, .25)
         px = ground.to_image(shapely.get_coordinates(edge))
@@ -820,7 +810,7 @@ def _zone_table(zone):
     return t
 
 def save_camera(path, # of the site file, made if it is missing
-                camera # dict as in the file: name, source, ground, zone
+    camera # dict as in the file: name, source, ground, zone
                )->Site:
     "Add a camera to a site file, or replace what it says of the camera of that name"
     path = Path(path)
@@ -845,20 +835,20 @@ def save_camera(path, # of the site file, made if it is missing
 
 # %% ../nbs/08_ground.ipynb #08-ground-103
 def calibrate_from_points(image, # path of a picture of the camera, or its `(height, width)`
-                          site, # site file to write
-                          points_px, # (n, 2) pixels
-                          points_m, # (n, 2) metres
-                          zones=(), # {name: [(x, y), …] in pixels}
-                          name='camera', # of the camera
-                          source=None, # its address; the picture if None
-                          camera_height_m=None, # above the ground, metres
-                          head_m=1.6 # of heads above the ground, metres
+    site, # site file to write
+    points_px, # (n, 2) pixels
+    points_m, # (n, 2) metres
+    zones=(), # {name: [(x, y), …] in pixels}
+    name='camera', # of the camera
+    source=None, # its address; the picture if None
+    camera_height_m=None, # above the ground, metres
+    head_m=1.6 # of heads above the ground, metres
                          )->Ground:
     "Calibrate a camera and save it in a site file, without a browser"
     h, w = image if isinstance(image, tuple) else image_size(image)
     source = source or _beside(image, site)
     ground = dict(points_px=np.asarray(points_px, float), points_m=np.asarray(points_m, float),
-                  camera_height_m=camera_height_m, head_m=head_m, size_px=[w, h])
+        camera_height_m=camera_height_m, head_m=head_m, size_px=[w, h])
     zone = [dict(name=n, polygon_px=np.asarray(p, float)) for n, p in dict(zones).items()]
     return save_camera(site, dict(name=name, source=source, ground=ground, zone=zone)).camera(name).ground
 
@@ -875,11 +865,11 @@ def _csv(path, columns):
         raise DataError(path, f'the columns {",".join(columns)} and rows', found)
     return rows
 
+# %% ../nbs/08_ground.ipynb #08-ground-103-0
 def _numbers(path, rows, columns):
     "Columns of rows as floats (n, columns)"
     try: return np.array([[float(r[c]) for c in columns] for r in rows])
-    except (ValueError, TypeError):
-        raise DataError(path, f'numbers in {", ".join(columns)}', 'something else') from None
+    except (ValueError, TypeError): raise DataError(path, f'numbers in {", ".join(columns)}', 'something else') from None
 
 # %% ../nbs/08_ground.ipynb #08-ground-106
 def _spec_of(d):
@@ -911,6 +901,7 @@ def _solve_zone(d, ground):
     outline = ground.to_image(shapely.get_coordinates(shapely.segmentize(polygon.exterior, 1.)))
     return dict(area_m2=polygon.area, outline_px=outline.round(1).tolist())
 
+# %% ../nbs/08_ground.ipynb #08-ground-106-0
 def _told(e): return '; '.join(f'{_spell(loc)}: expected {want}' for loc, want, _ in map(_complaint, e.errors()))
 
 # %% ../nbs/08_ground.ipynb #08-ground-107
@@ -923,17 +914,16 @@ def solve(d # what the page sends
     except GroundError as e: return dict(error=f'expected {e.expected}, found {e.found}')
     lines, step = grid_lines(ground, size_hw)
     height, off = find_camera(ground.matrix, size_hw)[1::2] if len(ground.points_px) else (None, 1)
-    return dict(grid=[[bold, px.round(1).tolist()] for bold, px in lines], step_m=step,
-        residual_m=ground.residual_m, points=len(ground.points_px),
-        zones=[_solve_zone(z, ground) for z in d.get('zones', [])], camera_height_m=ground.camera_height_m,
-        suggested_height_m=height if off < .1 else None, head_factor=ground.head_factor(size_hw),
-        matrix=ground.matrix.tolist(), foot=None if ground.camera_m is None else list(ground.camera_m))
+    return dict(grid=[[bold, px.round(1).tolist()] for bold, px in lines], step_m=step, residual_m=ground.residual_m,
+        points=len(ground.points_px), zones=[_solve_zone(z, ground) for z in d.get('zones', [])], camera_height_m=ground.camera_height_m,
+        suggested_height_m=height if off < 0.1 else None, head_factor=ground.head_factor(size_hw), matrix=ground.matrix.tolist(),
+        foot=None if ground.camera_m is None else list(ground.camera_m))
 
 # %% ../nbs/08_ground.ipynb #08-ground-109
 _PAGE_HEADERS = {'Cache-Control': 'no-store', 'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer',
-                 'Cross-Origin-Resource-Policy': 'same-origin'}
+    'Cross-Origin-Resource-Policy': 'same-origin'}
 _POLICY = ("default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src 'nonce-{0}'; "
-           "script-src 'nonce-{0}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    "script-src 'nonce-{0}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 _NOT_OURS = ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError
 
 class _Page(BaseHTTPRequestHandler):
@@ -982,8 +972,8 @@ class CalibrateServer(ThreadingHTTPServer):
     "Serves the calibrate page of one picture on 127.0.0.1; `url` opens it, `saved` is the site once it was saved"
     daemon_threads = True
     def __init__(self, image, # path of a picture of the camera
-                 site, # site file to write
-                 port=0 # 0 takes a free one
+        site, # site file to write
+        port=0 # 0 takes a free one
                 ):
         rgb, self.site, self.saved, self.token = read_rgb(image), Path(site), None, token_urlsafe(24)
         buffer, page = io.BytesIO(), files('crowd_density')/'pages'/'calibrate.html'
@@ -992,7 +982,7 @@ class CalibrateServer(ThreadingHTTPServer):
         self.jpeg, self.html = buffer.getvalue(), page.read_text(encoding='utf-8')
         have = [c.model_dump(by_alias=True, exclude_none=True, include=keys) for c in self._cameras()]
         self.start = dict(size_px=rgb.shape[1::-1], image=Path(image).name, site=self.site.name,
-                          source=_beside(image, site), cameras=have)
+            source=_beside(image, site), cameras=have)
         super().__init__(('127.0.0.1', port), _Page)
         self.url = f'http://127.0.0.1:{self.server_address[1]}/?token={self.token}'
 
@@ -1022,14 +1012,14 @@ def _has_screen():
 _PLACES = 'x', 'y', 'x_m', 'y_m'
 
 def calibrate(image, # path of a picture of the camera
-              site, # site file to write or add to
-              port=0, # of the page, 0 takes a free one
-              points=None, # CSV `x,y,x_m,y_m`: calibrate from it, without the page
-              zones=None, # CSV `zone,x,y`, pixels, in order round each zone
-              name='camera', # of the camera, without the page
-              source=None, # its address, without the page
-              camera_height_m=None, # above the ground, metres, without the page
-              browser=True # open one
+    site, # site file to write or add to
+    port=0, # of the page, 0 takes a free one
+    points=None, # CSV `x,y,x_m,y_m`: calibrate from it, without the page
+    zones=None, # CSV `zone,x,y`, pixels, in order round each zone
+    name='camera', # of the camera, without the page
+    source=None, # its address, without the page
+    camera_height_m=None, # above the ground, metres, without the page
+    browser=True # open one
              )->int: # exit status: 0 saved
     "Calibrate a camera on a local page, or from a table of points"
     if points is not None:

@@ -11,8 +11,7 @@ import csv, functools, math, random, struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import cv2
-import numpy as np
+import cv2, numpy as np
 from scipy.io import savemat
 
 from .data import DataError, atomic
@@ -54,8 +53,8 @@ class View:
 
 # %% ../nbs/01_synthetic.ipynb #01-synthetic-011
 def _to_ground(self:View,
-               xy,    # (..., 2) pixels
-               z_m=0. # height of what is seen there, metres
+    xy,    # (..., 2) pixels
+    z_m=0. # height of what is seen there, metres
               )->np.ndarray: # (..., 2) metres; NaN above the horizon
     "Which place is seen at a pixel"
     xy, (h, w) = np.asarray(xy, float), self.size_hw
@@ -74,12 +73,11 @@ View.to_ground, View.horizon = _to_ground, property(_horizon)
 # %% ../nbs/01_synthetic.ipynb #01-synthetic-015
 _SKIN = ((226, 188, 165), (214, 172, 145), (198, 152, 120), (168, 120, 88), (122, 84, 62), (80, 54, 43))
 _HAIR = ((22, 18, 18), (30, 24, 22), (45, 32, 26), (75, 50, 34), (110, 75, 45), (175, 140, 90), (140, 135, 130),
-         (205, 203, 200), (120, 55, 30))
+    (205, 203, 200), (120, 55, 30))
 _PLAIN = ((25, 26, 30), (35, 40, 55), (60, 62, 68), (110, 112, 118), (170, 172, 175), (228, 228, 226), (240, 238, 230),
-          (45, 60, 95), (75, 105, 150), (60, 75, 105), (85, 95, 115), (90, 80, 70), (130, 115, 95))
-_VIVID = ((150, 180, 210), (165, 35, 40), (205, 60, 55), (120, 30, 50), (215, 130, 150), (50, 95, 60), (115, 130, 75),
-          (200, 170, 60), (225, 195, 120), (150, 110, 75), (85, 60, 45), (210, 195, 170), (100, 70, 120),
-          (230, 120, 50), (40, 120, 125))
+    (45, 60, 95), (75, 105, 150), (60, 75, 105), (85, 95, 115), (90, 80, 70), (130, 115, 95))
+_VIVID = ((150, 180, 210), (165, 35, 40), (205, 60, 55), (120, 30, 50), (215, 130, 150), (50, 95, 60), (115, 130, 75), (200, 170, 60),
+    (225, 195, 120), (150, 110, 75), (85, 60, 45), (210, 195, 170), (100, 70, 120), (230, 120, 50), (40, 120, 125))
 _CLOTH = _PLAIN[:9] + _VIVID
 HEAD_M = .236 # height of a head with its hair, metres
 
@@ -108,7 +106,7 @@ def _figure(rnd, facing=None, tall=None, calm=False):
     if hat == 'helmet' and rnd.random() < .5: hat_colour = 235, 200, 40
     style = pick(('long', 'long', 'tail', 'bun', 'bob', 'curly') if woman else ('short',)*4 + ('curly', 'bald', 'thin'))
     raised = 0 if calm or rnd.random() > .07 else pick((1, 2, 3))
-    return _Figure(
+    return _Figure( # chkstyle: ignore-node
         tall=tall, wide=rnd.gauss(.185 if woman else .208, .016)*(.75 if child else 1),
         head=rnd.gauss(1, .05)*(.92 if child else 1),
         facing=rnd.uniform(-math.pi, math.pi) if facing is None else facing + rnd.gauss(0, .45),
@@ -184,8 +182,7 @@ def _trunk(pen, f):
     pen.blob(0, -.31, w, .12, f.top, .13)
     pen.shape(right + tuple((-x, z) for x, z in right[::-1]), f.top)
     if f.pattern == 'stripes':
-        for z in np.arange(-.32, hip, -.09):
-            pen.shape(((-w*.86, z), (w*.86, z), (w*.84, z-.035), (-w*.84, z-.035)), f.second)
+        for z in np.arange(-.32, hip, -.09): pen.shape(((-w*.86, z), (w*.86, z), (w*.84, z-.035), (-w*.84, z-.035)), f.second)
     elif f.pattern == 'check':
         for x in (-.6, -.2, .2, .6): pen.limb(((w*x, -.28), (w*x, hip)), .015, f.second)
         for z in np.arange(-.3, hip, -.08): pen.limb(((-w*.85, z), (w*.85, z)), .015, f.second)
@@ -224,14 +221,12 @@ def _hat(pen, f, a, b, px):
     elif f.hat in ('hood', 'scarf'):
         pen.blob(-.1*a*s, 0, a*1.25, b*1.12, hue, b*1.1)
         pen.shape(((-a*1.25, 0), (a*1.25, 0), (a*1.4, -.2), (-a*1.4, -.2)), hue)
-        if c*pen.cos > -.2:
-            pen.blob(.4*a*s, -b*(.12+.3*pen.sin*max(c, 0)), a*(.78-.25*abs(s)), b*(.78-.2*pen.sin), f.skin, b*.4)
+        if c*pen.cos > -.2: pen.blob(.4*a*s, -b*(.12+.3*pen.sin*max(c, 0)), a*(.78-.25*abs(s)), b*(.78-.2*pen.sin), f.skin, b*.4)
         if c*pen.cos > .3: _face(pen, replace(f, beard=False), a, b, px)
     else:
         arc = (180, 360) if pen.sin < .8 else (0, 360)
         pen.blob(-.1*a*s, b*.28, a*1.16, b*(.78 if f.hat == 'cap' else .86), hue, b*1.02, arc=arc)
-        if f.hat == 'cap' and c > -.5:
-            pen.blob(a*.95*s, b*.24-.3*b*pen.sin*c, a*(.9-.15*abs(s)), b*.13, _dim(hue, .78), a*.7, y=-a*.8*c)
+        if f.hat == 'cap' and c > -.5: pen.blob(a*.95*s, b*.24-.3*b*pen.sin*c, a*(.9-.15*abs(s)), b*.13, _dim(hue, .78), a*.7, y=-a*.8*c)
         if f.hat == 'helmet': pen.blob(0, b*.25, a*1.3, b*.1, _dim(hue, .8), a*1.3)
 
 # %% ../nbs/01_synthetic.ipynb #01-synthetic-024
@@ -247,8 +242,7 @@ def _head(pen, f, px):
     if f.style in ('long', 'tail', 'bob') and c > -.2: _hair_down(pen, f, a, .21)
     puff, seen = 1.28 if f.style == 'curly' else 1.1, c*pen.cos + .25*abs(s) + .1
     pen.blob(-.12*a*s, .012, a*puff*(1+.08*abs(s)), b*(1.12 if puff > 1.2 else 1.04), f.skin if bald else f.hair, b*.98)
-    if seen > 0 and not bald:
-        pen.blob(a*.42*s, -b*(.2+.35*pen.sin*max(c, 0)), a*(.86-.25*abs(s)), b*(.82-.25*pen.sin), f.skin, b*.4)
+    if seen > 0 and not bald: pen.blob(a*.42*s, -b*(.2+.35*pen.sin*max(c, 0)), a*(.86-.25*abs(s)), b*(.82-.25*pen.sin), f.skin, b*.4)
     if c > .5 and f.style in ('short', 'thin', 'bald'):
         for e in (-1, 1): pen.blob(e*a*1.02, -.015, .014, .03, _dim(f.skin, .9))
     if seen > .2: _face(pen, f, a, b, px)
@@ -257,8 +251,7 @@ def _head(pen, f, px):
         pen.blob(-.25*a*s, .25*b, a*wide, b*high, f.hair, b*.8, arc=(180, 360))
         if abs(s) > .4: pen.blob(-.8*a*s, 0, a*.5*abs(s), b*.8, f.hair)
     if f.style in ('long', 'bob') and c <= -.2: _hair_down(pen, f, a, .3 if f.style == 'long' else .18)
-    if f.style == 'tail' and c <= .3:
-        pen.limb(((-.9*a*s, .02), (-1.3*a*s, -.1), (-1.2*a*s, -.22)), .05, _dim(f.hair, .8))
+    if f.style == 'tail' and c <= .3: pen.limb(((-.9*a*s, .02), (-1.3*a*s, -.1), (-1.2*a*s, -.22)), .05, _dim(f.hair, .8))
     if f.style == 'bun': pen.blob(-.7*a*s, b*.95, a*.5, a*.45, _dim(f.hair, .85))
     if f.hat: _hat(pen, f, a, b, px)
 
@@ -364,6 +357,7 @@ def _shop(rnd, out, x, y, w, h, dusk):
     cv2.rectangle(out, (int(x+.1*w), int(y)), (int(x+.9*w), int(y+h)), hue, -1)
     if rnd.random() < .6: cv2.rectangle(out, (int(x+.05*w), int(y-.14*h)), (int(x+.95*w), int(y)), cloth, -1)
 
+# %% ../nbs/01_synthetic.ipynb #01-synthetic-034-0
 def _warp(rgb, texture, corners):
     "Lay `texture` over the quadrangle `corners`: upper left, upper right, lower right, lower left"
     h, w = texture.shape[:2]
@@ -454,6 +448,7 @@ def _ball(rgb, mask, xy, r, colour):
         _oval(rgb, (x+dx*r, y+dy*r), (size*r, size*r), _dim(colour, bright))
     if mask is not None: cv2.circle(mask, _at(x, y), max(8, round(r*16)), 1, -1, cv2.LINE_8, 4)
 
+# %% ../nbs/01_synthetic.ipynb #01-synthetic-040-0
 class _Brush:
     "Draws in metres from `foot` (pixels), right and up, at `px_m` pixels a metre"
     def __init__(self, rgb, mask, foot, px_m, dusk=False):
@@ -466,8 +461,7 @@ class _Brush:
         thick = max(1, round(thick*self.px_m))
         cv2.polylines(self.rgb, self.path(places), False, _dim(colour, self.night), thick, cv2.LINE_AA, 4)
 
-    def shape(self, places, colour):
-        cv2.fillPoly(self.rgb, self.path(places), _dim(colour, self.night), cv2.LINE_AA, 4)
+    def shape(self, places, colour): cv2.fillPoly(self.rgb, self.path(places), _dim(colour, self.night), cv2.LINE_AA, 4)
 
     def ball(self, x, z, r, colour, lit=False):
         _ball(self.rgb, self.mask, self.place(x, z), r*self.px_m, colour if lit else _dim(colour, self.night))
@@ -508,6 +502,7 @@ def _sign(rnd, b, dusk):
     b.oval(0, z, r, r, rnd.choice(((200, 40, 40), (40, 70, 160), (235, 235, 235))))
     b.oval(0, z, .75*r, .75*r, rnd.choice(((240, 240, 240), (40, 70, 160), (200, 40, 40), (250, 210, 60))))
 
+# %% ../nbs/01_synthetic.ipynb #01-synthetic-041-0
 def _bicycle(rnd, b, dusk):
     r, hue = .34, _tint(rnd, rnd.choice(_CLOTH))
     for x in (-.52, .52): b.oval(x, r, r, r, (28, 28, 30), ring=.045)
@@ -542,6 +537,7 @@ def _melons(rnd, b, dusk):
         n = int(.75/r)-row
         for i in range(n): b.ball((i-(n-1)/2)*2*r, .7+r+row*1.6*r, r, _tint(rnd, hue))
 
+# %% ../nbs/01_synthetic.ipynb #01-synthetic-042-0
 def _bollard(rnd, b, dusk):
     z, hue = rnd.uniform(.6, 1.1), rnd.choice(((70, 72, 75), (150, 148, 140), (40, 40, 42), (185, 150, 110)))
     b.bar(((0, 0), (0, z)), .14, hue)
@@ -549,8 +545,8 @@ def _bollard(rnd, b, dusk):
 
 # what draws it, then half its width, its lowest and its highest wide part, metres
 _THINGS = dict(tree=(_tree, 2.6, 1.2, 9), lamp=(_lamp, .8, 2.3, 5.5), sign=(_sign, .4, 1.3, 2.9),
-               bicycle=(_bicycle, .9, 0, 1.1), car=(_car, 2.2, 0, 1.5), parasol=(_parasol, 1.5, 2.2, 3.1),
-               balloons=(_balloons, .7, 1, 3.5), melons=(_melons, .9, 0, 1.6), bollard=(_bollard, .2, 0, 1.3))
+    bicycle=(_bicycle, .9, 0, 1.1), car=(_car, 2.2, 0, 1.5), parasol=(_parasol, 1.5, 2.2, 3.1),
+    balloons=(_balloons, .7, 1, 3.5), melons=(_melons, .9, 0, 1.6), bollard=(_bollard, .2, 0, 1.3))
 
 # %% ../nbs/01_synthetic.ipynb #01-synthetic-045
 CAMERAS = 'street', 'square', 'overhead', 'dense'
@@ -558,7 +554,7 @@ CAMERAS = 'street', 'square', 'overhead', 'dense'
 def _view(rnd, size_hw, kind):
     "A camera of this kind by chance"
     height, down = dict(street=((2.2, 5.), (3, 14)), square=((5., 12.), (14, 32)), overhead=((7., 16.), (45, 85)),
-                        dense=((3.5, 9.), (10, 28)))[kind]
+        dense=((3.5, 9.), (10, 28)))[kind]
     focal = max(size_hw)*rnd.uniform(.85, 1.35)
     return View(rnd.uniform(*height), math.radians(rnd.uniform(*down)), focal, tuple(size_hw))
 
@@ -696,11 +692,11 @@ def _usual(rnd, kind, size_hw):
     return int(min(1200, math.exp(rnd.gauss(middle, spread)))*min(1, size_hw[0]*size_hw[1]/4e5))
 
 def scene(seed:int,           # same seed, same picture
-          size_hw=(768, 1024), # `(height, width)`, pixels
-          people=None,        # how many heads can be seen (fewer where there is no room); by chance if None
-          lookalikes=True,    # also lamps, balls in trees, signs, wheels, parasols, balloons, melons, posts
-          camera=None,        # one of `CAMERAS`; by chance if None
-          dusk=None           # evening light; by chance if None
+    size_hw=(768, 1024), # `(height, width)`, pixels
+    people=None,        # how many heads can be seen (fewer where there is no room); by chance if None
+    lookalikes=True,    # also lamps, balls in trees, signs, wheels, parasols, balloons, melons, posts
+    camera=None,        # one of `CAMERAS`; by chance if None
+    dusk=None           # evening light; by chance if None
          )->Scene: # picture, heads, look-alikes
     "People in a street or on a square, generated from `seed`"
     rng, rnd, size_hw = np.random.default_rng(seed), random.Random(f'scene {seed}'), _size(size_hw)
@@ -738,10 +734,13 @@ def _e_street(rng, rnd, rgb, mask, only=None, n=14):
     for t in things: _lay(rnd, rgb, mask, t, dusk)
 
 def _e_trees(*a): _e_street(*a, only='tree', n=12)
+
+# %% ../nbs/01_synthetic.ipynb #01-synthetic-067-0
 def _e_lamps(*a): _e_street(*a, only='lamp', n=25)
 def _e_bicycles(*a): _e_street(*a, only='bicycle', n=40)
 def _e_balloons(*a): _e_street(*a, only='balloons', n=30)
 
+# %% ../nbs/01_synthetic.ipynb #01-synthetic-067-1
 def _e_windows(rng, rnd, rgb, mask):
     (h, w), n = rgb.shape[:2], rnd.randint(1, 4)
     for i in range(n):
@@ -752,7 +751,7 @@ def _e_windows(rng, rnd, rgb, mask):
 def _e_melons(rng, rnd, rgb, mask):
     h, w = rgb.shape[:2]
     hue = rnd.choice(((70, 100, 50), (225, 140, 40), (190, 60, 50), (200, 190, 90), (150, 115, 80), (60, 45, 40),
-                      (225, 190, 160), (235, 235, 230)))
+        (225, 190, 160), (235, 235, 230)))
     size, y = rnd.uniform(.006, .05)*max(h, w), 0.
     rgb[:] = _tint(rnd, (60, 50, 42))
     while y < h+size:
@@ -784,6 +783,7 @@ def _e_bricks(rng, rnd, rgb, mask):
             cv2.rectangle(rgb, (int(x), int(y)), (int(x+bw*.94), int(y+bh*.86)), _tint(rnd, hue, .18), -1)
     rgb[:] = np.clip(rgb*(1+.08*_clouds(rng, (h, w), 30, 3))[..., None], 0, 255)
 
+# %% ../nbs/01_synthetic.ipynb #01-synthetic-068-0
 def _e_gravel(rng, rnd, rgb, mask):
     (h, w), n = rgb.shape[:2], rnd.randint(2, 6)
     grain = cv2.resize(rng.standard_normal((h//n+1, w//n+1), np.float32), (w, h), interpolation=cv2.INTER_CUBIC)
@@ -818,6 +818,7 @@ def _e_flowers(rng, rnd, rgb, mask):
             _oval(rgb, (x+.6*r*math.cos(a), y+.6*r*math.sin(a)), (.5*r, 1.6*r/n), petal, math.degrees(a))
         _ball(rgb, mask, (x, y), r*.32, heart)
 
+# %% ../nbs/01_synthetic.ipynb #01-synthetic-069-0
 def _e_animals(rng, rnd, rgb, mask):
     h, w = rgb.shape[:2]
     rgb[:] = _mix(rng, rnd, (h, w), ((95, 115, 60), (140, 130, 85)))
@@ -828,7 +829,7 @@ def _e_animals(rng, rnd, rgb, mask):
         d, coat = rnd.choice((-1, 1)), _tint(rnd, hue)
         for x in (-.35, -.2, .2, .35): b.bar(((x, 0), (x, .4)), .08, _dim(coat, .6))
         for x, z, rx, rz, k in ((0, .55, .48, .26, .8), (0, .6, .42, .18, 1.), (.5*d, .78, .17, .15, .9),
-                                (.64*d, .72, .1, .07, .7), (.42*d, .93, .05, .09, .7)):
+            (.64*d, .72, .1, .07, .7), (.42*d, .93, .05, .09, .7)):
             b.oval(x, z, rx, rz, _dim(coat, k), mark=False)
 
 # %% ../nbs/01_synthetic.ipynb #01-synthetic-070
@@ -852,21 +853,25 @@ def _e_noise(rng, rnd, rgb, mask):
 
 def _e_clouds(rng, rnd, rgb, mask):
     rgb[:] = _mix(rng, rnd, rgb.shape[:2], (rnd.choice(_CLOTH), rnd.choice(_CLOTH)), rnd.choice((3, 8, 24)), .35)
+
+# %% ../nbs/01_synthetic.ipynb #01-synthetic-070-0
 def _e_sky(rng, rnd, rgb, mask): _sky(rng, rnd, rgb, rgb.shape[0], rnd.random() < .3)
 def _e_flat(rng, rnd, rgb, mask): rgb[:] = [rnd.randint(0, 255) for _ in range(3)]
 def _e_black(rng, rnd, rgb, mask): rgb[:] = 0
+
+# %% ../nbs/01_synthetic.ipynb #01-synthetic-070-1
 def _e_white(rng, rnd, rgb, mask): rgb[:] = 255
 
 # %% ../nbs/01_synthetic.ipynb #01-synthetic-071
 _EMPTY = dict(street=_e_street, trees=_e_trees, lamps=_e_lamps, bicycles=_e_bicycles, balloons=_e_balloons,
-              melons=_e_melons, cobbles=_e_cobbles, windows=_e_windows, clouds=_e_clouds, gravel=_e_gravel,
-              bricks=_e_bricks, fabric=_e_fabric, foliage=_e_foliage, flowers=_e_flowers, animals=_e_animals,
-              document=_e_document, sky=_e_sky, noise=_e_noise, flat=_e_flat, black=_e_black, white=_e_white)
+    melons=_e_melons, cobbles=_e_cobbles, windows=_e_windows, clouds=_e_clouds, gravel=_e_gravel,
+    bricks=_e_bricks, fabric=_e_fabric, foliage=_e_foliage, flowers=_e_flowers, animals=_e_animals,
+    document=_e_document, sky=_e_sky, noise=_e_noise, flat=_e_flat, black=_e_black, white=_e_white)
 EMPTY_KINDS = tuple(_EMPTY)
 
 def empty_scene(seed:int,            # same seed, same picture
-                size_hw=(768, 1024), # `(height, width)`, pixels
-                kind=None            # one of `EMPTY_KINDS`; by chance if None
+    size_hw=(768, 1024), # `(height, width)`, pixels
+    kind=None            # one of `EMPTY_KINDS`; by chance if None
                )->Scene: # without points
     "A picture in which there is nobody"
     rng, rnd, (h, w) = np.random.default_rng(seed), random.Random(f'empty {seed}'), _size(size_hw)
@@ -892,14 +897,14 @@ def _save_picture(path, pixels, *options):
             raise DataError(path, 'a place where a picture can be written', 'OpenCV could not write it')
 
 def write_dataset(out,                 # folder, made if it is missing
-                  images,              # how many
-                  seed=0,              # same seed, same pictures
-                  size_hw=(768, 1024), # `(height, width)`, pixels
-                  part='A',            # of ShanghaiTech's layout
-                  test=.2,             # share of the pictures that goes to `test_data`
-                  empty=0.,            # share of the pictures without people
-                  masks=False,         # also write `lookalikes/IMG_1.png`: 255 on look-alikes, else 0
-                  progress=None        # wraps the work: `progress(iterable, description)`
+    images,              # how many
+    seed=0,              # same seed, same pictures
+    size_hw=(768, 1024), # `(height, width)`, pixels
+    part='A',            # of ShanghaiTech's layout
+    test=.2,             # share of the pictures that goes to `test_data`
+    empty=0.,            # share of the pictures without people
+    masks=False,         # also write `lookalikes/IMG_1.png`: 255 on look-alikes, else 0
+    progress=None        # wraps the work: `progress(iterable, description)`
                  )->Path: # `out`
     "Generated scenes in ShanghaiTech's layout"
     out, held = Path(out), round(images*test)
@@ -975,6 +980,7 @@ def _people(self:Clip, time)->int:
     "How many are in the zone at `time`"
     return int(_within(self.zone_m, self.places(time)).sum())
 
+# %% ../nbs/01_synthetic.ipynb #01-synthetic-080-0
 def _density(self:Clip, time)->float: # people per m²
     "People in the zone over its area"
     return self.people(time)/self.area_m2
@@ -1012,10 +1018,10 @@ def _moments(n, start, end):
 
 # %% ../nbs/01_synthetic.ipynb #01-synthetic-083
 def clip(seconds=120.,      # length
-         peak=8.,           # people per m² in the zone when it is fullest, 0 to 10
-         seed=0,            # same seed, same clip
-         fps=4.,            # pictures a second
-         size_hw=(480, 640) # `(height, width)`, pixels
+    peak=8.,           # people per m² in the zone when it is fullest, 0 to 10
+    seed=0,            # same seed, same clip
+    fps=4.,            # pictures a second
+    size_hw=(480, 640) # `(height, width)`, pixels
         )->Clip: # its pictures come from `frames`
     "A square whose one zone fills to `peak` people per m² and empties again"
     for name, value, low, high in (('seconds', seconds, .5, 1e5), ('peak', peak, 0, 10), ('fps', fps, .1, 60)):
@@ -1041,7 +1047,7 @@ def _looks(clip, rnd, light):
     "A function that gives the sprite of person `i` at a place, with a velocity, `px` pixels high"
     stage, made = rnd.uniform(-.5, .5), {}
     figures = [_figure(rnd, stage+math.pi*(rnd.random() < .6), tall=1.72, calm=rnd.random() < .9)
-               for _ in range(len(clip.slots)+len(clip.passers))]
+        for _ in range(len(clip.slots)+len(clip.passers))]
     def look(i, place, move, px, time):
         walks = bool(np.hypot(*move) > .05)
         step, turn = (int(time*4+i) % 6, round(math.atan2(move[0], -move[1])*6)) if walks else (0, 99)
@@ -1078,7 +1084,7 @@ def _painter(clip):
     return paint
 
 def frames(clip:Clip, # from `clip`
-           every=1    # only every so manyeth picture
+    every=1    # only every so manyeth picture
           ): # yields `(time, rgb, points_xy, points_m)`
     "The pictures of a clip, one after another"
     paint = _painter(clip)
@@ -1088,12 +1094,11 @@ Clip.frames = frames
 
 # %% ../nbs/01_synthetic.ipynb #01-synthetic-093
 def alter(pictures, # `(time, rgb, …)` as `frames` yields them
-          faults    # `[(kind, start, stop)]`, seconds; kind is 'black', 'frozen' or 'missing'
+    faults    # `[(kind, start, stop)]`, seconds; kind is 'black', 'frozen' or 'missing'
          ): # yields the same tuples
     "The same pictures with intervals in which the camera fails"
     for kind, *_ in faults:
-        if kind not in ('black', 'frozen', 'missing'):
-            raise ValueError(f"fault: expected 'black', 'frozen' or 'missing', found {kind!r}")
+        if kind not in ('black', 'frozen', 'missing'): raise ValueError(f"fault: expected 'black', 'frozen' or 'missing', found {kind!r}")
     return _altered(pictures, faults)
 
 def _altered(pictures, faults):
@@ -1110,24 +1115,23 @@ def _altered(pictures, faults):
 ZONE_LEVELS = dict(busy=(2., 1.6, 5, 10), crowded=(4., 3.2, 5, 10), critical=(5., 4., 3, 20))
 
 def site_toml(clip:Clip,         # whose camera is described
-              source='clip.mp4', # where its pictures are, from the site file's folder
-              name='square',     # of the camera
-              rate=1.            # pictures judged a second
+    source='clip.mp4', # where its pictures are, from the site file's folder
+    name='square',     # of the camera
+    rate=1.            # pictures judged a second
              )->str: # TOML
     "The site file of a clip"
     (x0, y0), (x1, y1) = clip.zone_m.min(0), clip.zone_m.max(0)
     m = np.round([[x0, y0], [x1, y0], [x1, y1], [x0, y1], [x0, (y0+y1)/2], [x1, (y0+y1)/2], [0, y1+3]], 2)
     px = clip.view.to_px(np.column_stack([m, np.zeros(len(m))]))
     table = lambda a, n: '[' + ', '.join(f'[{x:.{n}f}, {y:.{n}f}]' for x, y in a) + ']'
-    lines = ['[[camera]]', f'name = "{name}"', f'source = "{source}"', f'rate = {rate}', 'stale_after = 5.0',
-             '[camera.ground]', f'points_px = {table(px, 2)}', f'points_m = {table(m, 2)}',
-             f'camera_height_m = {clip.view.height_m:.3f}', '[[camera.zone]]', 'name = "stage"',
-             f'polygon_m = {table(clip.zone_m, 3)}', '[camera.zone.levels]']
+    lines = ['[[camera]]', f'name = "{name}"', f'source = "{source}"', f'rate = {rate}', 'stale_after = 5.0', '[camera.ground]',
+        f'points_px = {table(px, 2)}', f'points_m = {table(m, 2)}', f'camera_height_m = {clip.view.height_m:.3f}', '[[camera.zone]]',
+        'name = "stage"', f'polygon_m = {table(clip.zone_m, 3)}', '[camera.zone.levels]']
     lines += [f'{k} = {{enter = {a}, leave = {b}, for = {c}, hold = {d}}}' for k, (a, b, c, d) in ZONE_LEVELS.items()]
     return '\n'.join(lines) + '\n'
 
 def truth_rows(clip:Clip, # whose zone is counted
-               times      # of its pictures, seconds
+    times      # of its pictures, seconds
               )->list: # rows of `truth.csv`, the names of its columns first
     "How many people are in the zone at each time, and how dense they are"
     counts, area = [(t, clip.people(float(t))) for t in times], clip.area_m2
@@ -1179,13 +1183,13 @@ def _film(path, pictures, fps, size_hw):
     return times
 
 def write_clip(out,                # folder, made if it is missing
-               seconds=120.,       # length
-               peak=8.,            # people per m² in the zone when it is fullest
-               seed=0,             # same seed, same clip
-               fps=4.,             # pictures a second
-               size_hw=(480, 640), # `(height, width)`, pixels
-               faults=(),          # intervals in which the camera fails, as `alter` takes them
-               progress=None       # wraps the pictures: `progress(iterable, description)`
+    seconds=120.,       # length
+    peak=8.,            # people per m² in the zone when it is fullest
+    seed=0,             # same seed, same clip
+    fps=4.,             # pictures a second
+    size_hw=(480, 640), # `(height, width)`, pixels
+    faults=(),          # intervals in which the camera fails, as `alter` takes them
+    progress=None       # wraps the pictures: `progress(iterable, description)`
               )->Clip: # what was filmed
     "Write `clip.mp4`, `truth.csv` and `site.toml`"
     out, made = Path(out), clip(seconds, peak, seed, fps, size_hw)

@@ -2,8 +2,7 @@
 import http.client, json, os, re, shutil, threading, time
 from urllib.parse import urlsplit
 
-import numpy as np
-import pytest
+import numpy as np, pytest
 from PIL import Image
 
 from crowd_density.ground import CalibrateServer, Ground, calibrate, read_site
@@ -45,7 +44,7 @@ def corners(c):
 # the server
 
 @pytest.mark.parametrize('method, path', [('GET', '/'), ('GET', '/image'), ('GET', '/start'), ('GET', '/none'),
-                                          ('POST', '/solve'), ('POST', '/save'), ('POST', '/close')])
+    ('POST', '/solve'), ('POST', '/save'), ('POST', '/close')])
 def test_nothing_without_the_token(server, method, path):
     assert ask(server, method, path, {}, token='')[0] == 403
     assert ask(server, method, path, {}, token='wrong')[0] == 403
@@ -65,7 +64,7 @@ def test_page_needs_no_other_host(server):
     assert headers['Cache-Control'] == 'no-store'
 
 @pytest.mark.parametrize('body, status', [(b'{', 400), (b'[]', 400), (b'{"points": 3}', 400), (b'\xff', 400), ({}, 200),
-                                          (b'{"points": [["a", 1]]}', 400), ({'points': [[1, 2]]}, 200)])
+    (b'{"points": [["a", 1]]}', 400), ({'points': [[1, 2]]}, 200)])
 def test_odd_bodies(server, body, status):
     got = ask(server, 'POST', '/solve', body)
     assert got[0] == status and 'error' in json.loads(got[2])
@@ -90,7 +89,7 @@ def test_save_refuses_what_read_site_would(server, shot):
 def test_save_keeps_other_cameras_and_comments(server, shot):
     px, sides = corners(shot[0])
     d = dict(method='rectangle', points=px.tolist(), sides_m=sides, camera_height_m=6., name='gate',
-             source='rtsp://u:${GATE_PW}@h/1', zones=[])
+        source='rtsp://u:${GATE_PW}@h/1', zones=[])
     assert ask(server, 'POST', '/save', d)[0] == 200
     server.site.write_text('# ours\n' + server.site.read_text().replace('name = "gate"', 'name = "gate" # north'))
     assert ask(server, 'POST', '/save', dict(d, name='yard', source='yard.mp4'))[0] == 200
@@ -126,8 +125,8 @@ def browser(tmp_path_factory):
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for flag in ('headless', 'no-sandbox', 'disable-gpu', 'disable-background-networking', 'disable-component-update',
-                 'disable-sync', 'no-first-run', 'disable-dev-shm-usage', 'window-size=1400,1000',
-                 f'user-data-dir={tmp_path_factory.mktemp("chromium")}'): options.add_argument(f'--{flag}')
+        'disable-sync', 'no-first-run', 'disable-dev-shm-usage', 'window-size=1400,1000',
+        f'user-data-dir={tmp_path_factory.mktemp("chromium")}'): options.add_argument(f'--{flag}')
     options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
     b = webdriver.Chrome(options, webdriver.ChromeService(driver))
     b.implicitly_wait(5)
@@ -144,7 +143,7 @@ def click(b, xy):
     from selenium.webdriver import ActionChains
     stage = b.find_element('id', 'stage')
     box = b.execute_script('const e = arguments[0], r = e.getBoundingClientRect(), v = e.viewBox.baseVal;'
-                           'return [r.width, r.height, v.width, v.height]', stage)
+        'return [r.width, r.height, v.width, v.height]', stage)
     dx, dy = ((p+.5)*box[i]/box[2+i] - box[i]/2 for i, p in enumerate(xy))
     ActionChains(b, 0).move_to_element_with_offset(stage, round(dx), round(dy)).click().perform()
 
@@ -232,7 +231,7 @@ def test_a_saved_camera_comes_back(browser, server, shot):
     b, (c, path) = browser, shot
     px, sides = corners(c)
     d = dict(method='rectangle', points=px.tolist(), sides_m=sides, camera_height_m=6.5, name='gate',
-             zones=[dict(name='stage', polygon_px=px.tolist())])
+        zones=[dict(name='stage', polygon_px=px.tolist())])
     assert ask(server, 'POST', '/save', d)[0] == 200
     with CalibrateServer(path, server.site) as s:
         threading.Thread(target=s.serve_forever, args=(.02,), daemon=True).start()

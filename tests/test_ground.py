@@ -8,9 +8,8 @@ from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
 from crowd_density import ground as G
 from crowd_density.data import DataError
-from crowd_density.ground import (Camera, Ground, GroundError, SiteError, Zone, calibrate_from_points, draw_grid,
-                                  fill_secrets, find_camera, grid_lines, homography, locate, measure, parse_site,
-                                  read_site, save_camera, scrub)
+from crowd_density.ground import Camera, Ground, GroundError, SiteError, Zone, calibrate_from_points, draw_grid, fill_secrets
+from crowd_density.ground import find_camera, grid_lines, homography, locate, measure, parse_site, read_site, save_camera, scrub
 from crowd_density.preprocessing import count_grid
 from crowd_density.synthetic import View, clip, site_toml
 
@@ -44,7 +43,7 @@ class Pinhole:
 
 _foot = st.tuples(st.floats(-200, 200), st.floats(-200, 200))
 cameras = st.builds(Pinhole, height=st.floats(3.5, 15), pitch=st.floats(.35, 1.45), focal=st.floats(380, 1100),
-                    yaw=st.floats(-3, 3), roll=st.floats(-.2, .2), foot=_foot)
+    yaw=st.floats(-3, 3), roll=st.floats(-.2, .2), foot=_foot)
 
 @settings(deadline=None, max_examples=80)
 @given(cameras)
@@ -145,8 +144,7 @@ def test_overhead_camera():
 def test_other_sizes():
     g = Ground.fit(feet(POINTS_M), POINTS_M, camera_height_m=6., size_hw=SIZE)
     seen = heads(POINTS_M)
-    for k in (.5, 2, 3):
-        np.testing.assert_allclose(g.at((480*k, 640*k)).to_ground(seen*k, 1.6), g.to_ground(seen, 1.6), atol=1e-6)
+    for k in (.5, 2, 3): np.testing.assert_allclose(g.at((480*k, 640*k)).to_ground(seen*k, 1.6), g.to_ground(seen, 1.6), atol=1e-6)
     np.testing.assert_allclose(np.nansum(g.cell_area((960, 1280), 16)), np.nansum(g.cell_area(SIZE, 8)), rtol=.02)
     with pytest.raises(GroundError, match='640x480'): g.at((480, 720))
 
@@ -157,8 +155,7 @@ def camera_of(zones, view=VIEW, points_m=POINTS_M, **kw):
     points = dict(points_px=feet(points_m, view).tolist(), points_m=points_m.tolist())
     return Camera(name='gate', source='a.mp4', zone=zones, ground=points | kw)
 
-def box(x0, y0, x1, y1, name='zone'):
-    return Zone(name=name, polygon_m=[(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
+def box(x0, y0, x1, y1, name='zone'): return Zone(name=name, polygon_m=[(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
 
 def estimate(density, cell=8, size_hw=SIZE, low=.9, high=1.15, **kw):
     n = float(density.sum())
@@ -176,7 +173,9 @@ def test_even_density_is_measured_everywhere(seed, cell):
     camera = camera_of([Zone(name='zone', polygon_m=shape.tolist())])
     area = camera.ground.cell_area(SIZE, cell)
     r = measure(camera, estimate(np.nan_to_num(area), cell), 0.)[0]
-    if r.reason: assert 'of the zone' in r.reason; return
+    if r.reason:
+        assert 'of the zone' in r.reason
+        return
     assert r.density == pytest.approx(1, rel=.03) and r.count == pytest.approx(shapely.Polygon(shape).area, rel=.03)
     assert 1 <= r.worst_patch < (1.35 if cell < 16 else 2)
     assert r.low == pytest.approx(.9*r.density) and r.high == pytest.approx(1.15*r.density)
@@ -346,15 +345,15 @@ WRONG = [ # what is changed to what, the line, the key, what is said
     ('[0, 12],', '[0, 12, 1],', 9, GROUND + '.points_m[4]', ''),
     ('[400, 300], [400, 400]', '[400, 400], [400, 300]', 17, ZONES + '[0].polygon_px', 'does not cross itself'),
     ('[[200, 300], [400, 300], [400, 400], [200, 400]]', '[[200, 300], [400, 300]]',
-     17, ZONES + '[0].polygon_px', 'three or more'),
+        17, ZONES + '[0].polygon_px', 'three or more'),
     ('[200, 300], ', '[200, -200], ', 17, ZONES + '[0].polygon_px', 'horizon'),
     ('[200, 400]]', '[200, 900]]', 17, ZONES + '[0].polygon_px', 'inside the picture of 640x480, found point 4'),
     ('[3, 15], [-3, 15]]', '[3, -40], [-3, -40]]', 24, ZONES + '[1].polygon_m', 'in front of the camera'),
     ('polygon_m =', 'polygon_px = [[1, 2]]\npolygon_m =',
-     22, ZONES + '[1]', 'one of polygon_px and polygon_m, found both'),
+        22, ZONES + '[1]', 'one of polygon_px and polygon_m, found both'),
     ('leave = 1.6', 'leave = 2.5', 19, ZONES + '[0].levels.busy.leave', 'expected below enter 2, found 2.5'),
     ('crowded = {enter = 4.0, leave = 3.2', 'crowded = {enter = 1.9, leave = 1.7',
-     20, ZONES + '[0].levels.crowded.enter', "above busy's 2"),
+        20, ZONES + '[0].levels.crowded.enter', "above busy's 2"),
     ('leave = 3.2', 'leave = 1.2', 20, ZONES + '[0].levels.crowded.leave', "busy's 1.6 or more"),
     ('enter = 5.0, ', '', 21, ZONES + '[0].levels.critical', 'the key `enter`, found none'),
     ('for = 3', 'for = -3', 21, ZONES + '[0].levels.critical.for', 'greater than or equal to 0'),
@@ -366,8 +365,7 @@ WRONG = [ # what is changed to what, the line, the key, what is said
     ('rate = 1.0', 'rate = ', 5, '', 'TOML'),
     ('rate = 1.0', 'rate = 1.0\nrate = 2.0', 6, '', 'TOML'),
     ('points_px', 'rectangle_px', 8, GROUND + '.rectangle_px', 'rectangle_m'),
-    ('[[camera]]', '[camera]', 2, 'camera', ''),
-]
+    ('[[camera]]', '[camera]', 2, 'camera', '')]
 
 @pytest.mark.parametrize('a, b, line, key, words', WRONG, ids=[f'{w[3]} {w[1][:20]}' for w in WRONG])
 def test_wrong_sites_name_line_and_key(tmp_path, a, b, line, key, words):
@@ -502,5 +500,5 @@ def test_model_within_twenty_percent():
 def test_model_over_many_clips():
     off = model_off(range(8), 8)
     print(f'{len(off)} zones: mean {100*off.mean():+.1f} %, largest {100*np.abs(off).max():.0f} %, '
-          f'{100*np.mean(np.abs(off) < .2):.0f} % within 20 %')
+        f'{100*np.mean(np.abs(off) < .2):.0f} % within 20 %')
     assert abs(off.mean()) < .2 and np.mean(np.abs(off) < .2) > .8

@@ -1,10 +1,9 @@
 "The state machine of a zone: random histories against a slow oracle, and the laws that must hold in each of them"
 import json, os, subprocess, sys
 
-import numpy as np
-import pytest
+import numpy as np, pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from crowd_density.ground import Level, Levels, Reading, parse_site
 from crowd_density.risk import LEVELS, RAISED, UNKNOWN, Event, ZoneRisk, default_levels, in_words, iso, level_of, slope
@@ -148,12 +147,12 @@ class Watched(RuleBasedStateMachine):
 
 def test_random_lives():
     run_state_machine_as_test(Watched, settings=settings(max_examples=60, stateful_step_count=25, deadline=None,
-                                                         suppress_health_check=list(HealthCheck)))
+        suppress_health_check=list(HealthCheck)))
 
 @pytest.mark.slow
 def test_many_random_lives():
     run_state_machine_as_test(Watched, settings=settings(max_examples=1500, stateful_step_count=40, deadline=None,
-                                                         suppress_health_check=list(HealthCheck)))
+        suppress_health_check=list(HealthCheck)))
 
 # by example
 

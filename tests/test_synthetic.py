@@ -1,16 +1,14 @@
 "Generated scenes and clips: the truth they come with is true, for any seed, size and time"
 import csv, subprocess, sys, time, tomllib
 
-import cv2
-import numpy as np
-import pytest
+import cv2, numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from scipy.io import loadmat
 
 from crowd_density import synthetic
 from crowd_density.data import open_data, read_points, read_rgb
 from crowd_density.synthetic import (CAMERAS, EMPTY_KINDS, HEAD_M, View, alter, clip, empty_scene, scene, site_toml, truth_rows,
-                                     write_clip, write_dataset)
+    write_clip, write_dataset)
 
 few = settings(max_examples=12, deadline=None)
 seeds, sides = st.integers(0, 2**40), st.integers(32, 190)
@@ -251,8 +249,7 @@ def test_frames():
         assert rgb.shape == (120, 160, 3) and rgb.dtype == np.uint8 and xy.dtype == m.dtype == np.float32 and len(xy) == len(m)
         np.testing.assert_allclose(c.heads(m), xy, atol=1e-2)
         assert ((xy >= 0) & (xy < (160, 120))).all() and synthetic._within(c.zone_m, m).sum() == c.people(t)
-    for a, b in zip(film[::5], clip(10, 4, 1, fps=2, size_hw=(120, 160)).frames(every=5)):
-        assert a[0] == b[0] and (a[1] == b[1]).all()
+    for a, b in zip(film[::5], clip(10, 4, 1, fps=2, size_hw=(120, 160)).frames(every=5)): assert a[0] == b[0] and (a[1] == b[1]).all()
     assert (film[0][1] != film[9][1]).mean() > .1
 
 def test_frames_are_fast():
