@@ -44,7 +44,7 @@ def scrub(text # anything that will be printed, logged or shown
 
 # %% ../nbs/08_ground.ipynb #08-ground-009
 def fill_secrets(text, # an address with `${NAME}` in it
-    env=None # where names are looked up; the environment if None
+                 env=None # where names are looked up; the environment if None
                 )->str: # the address with secrets: never print it
     "`text` with each `${NAME}` replaced from the environment; `KeyError` names one that is not set"
     env = os.environ if env is None else env
@@ -81,7 +81,7 @@ def _dlt(a, b):
 
 # %% ../nbs/08_ground.ipynb #08-ground-013
 def homography(points_px, # (n, 2) `(x, y)` pixels, n of four or more
-    points_m # (n, 2) the same places on the ground, metres
+               points_m # (n, 2) the same places on the ground, metres
               )->np.ndarray: # (3, 3) from pixels to metres, its `w` positive on the visible ground
     "Homography by least squares: distances in the picture are minimised"
     px, m = np.asarray(points_px, float), np.asarray(points_m, float)
@@ -100,8 +100,8 @@ def homography(points_px, # (n, 2) `(x, y)` pixels, n of four or more
 
 # %% ../nbs/08_ground.ipynb #08-ground-019
 def find_camera(matrix, # (3, 3) pixels to metres
-    size_hw, # `(height, width)` of the picture, pixels
-    height_m=None # of the camera above the ground, metres, if known
+                size_hw, # `(height, width)` of the picture, pixels
+                height_m=None # of the camera above the ground, metres, if known
                )->tuple: # foot (2,) metres, height metres, focal length pixels, disagreement (0 is none)
     "Foot, height and focal length of the camera, its axis through the middle of the picture"
     h, w = size_hw
@@ -155,7 +155,7 @@ class Ground:
         return (self.camera_height_m-height_m)/self.camera_height_m, np.asarray(self.camera_m, float)
 
     def to_ground(self, xy, # (..., 2) `(x, y)` pixels
-        height_m=0. # of what is seen there above the ground, metres: `ground.head_m` for heads
+                  height_m=0. # of what is seen there above the ground, metres: `ground.head_m` for heads
                  )->np.ndarray: # (..., 2) metres, NaN above the horizon
         "Places on the ground of what is seen at `xy`"
         q, w = _apply(self.matrix, xy)
@@ -163,7 +163,7 @@ class Ground:
         return np.where(w[..., None] > 1e-9, foot+(q-foot)*k, np.nan)
 
     def to_image(self, xy_m, # (..., 2) metres
-        height_m=0. # above the ground, metres
+                 height_m=0. # above the ground, metres
                 )->np.ndarray: # (..., 2) `(x, y)` pixels, NaN behind the camera
         "Where things at `xy_m` and `height_m` above the ground are seen"
         k, foot = self._shrink(height_m)
@@ -185,12 +185,12 @@ def _check_points(px, m, camera_height_m, head_m):
 
 @patch(cls_method=True)
 def fit(cls:Ground, points_px, # (n, 2) `(x, y)` pixels, four or more
-    points_m, # (n, 2) metres
-    camera_height_m=None, # above the ground, metres; without it heads are not corrected
-    head_m=1.6, # height of heads, metres
-    size_hw=None, # of the picture, pixels; without it, the first picture's
-    camera_m=None, # the place under the camera, metres, if measured
-    **kwargs # `margin`, `max_cell_m2`
+        points_m, # (n, 2) metres
+        camera_height_m=None, # above the ground, metres; without it heads are not corrected
+        head_m=1.6, # height of heads, metres
+        size_hw=None, # of the picture, pixels; without it, the first picture's
+        camera_m=None, # the place under the camera, metres, if measured
+        **kwargs # `margin`, `max_cell_m2`
         )->Ground:
     "Ground from picture points and their places in metres, by least squares"
     px, m = (np.asarray(p, float).reshape(-1, 2) for p in (points_px, points_m))
@@ -224,8 +224,8 @@ def at(self:Ground, size_hw # `(height, width)`, pixels
 # %% ../nbs/08_ground.ipynb #08-ground-038
 @patch(cls_method=True)
 def from_rectangle(cls:Ground, corners_px, # (4, 2) pixels, in order round the rectangle
-    sides_m, # the length from corner 1 to 2 and from corner 2 to 3, metres
-    **kwargs # as for `Ground.fit`
+                   sides_m, # the length from corner 1 to 2 and from corner 2 to 3, metres
+                   **kwargs # as for `Ground.fit`
                    )->Ground:
     "Ground from a rectangle on it, its sides known"
     a, b = (float(s) for s in sides_m)
@@ -247,11 +247,11 @@ def _horizon_matrix(horizon_px, size_hw, f, height_m):
 
 @patch(cls_method=True)
 def from_horizon(cls:Ground, horizon_px, # (2, 2) two points of the horizon, pixels
-    lengths, # [(p, q, metres), …]: two picture points on the ground and their distance
-    size_hw, # of the picture, pixels
-    camera_height_m=None, # above the ground, metres
-    fov_deg=None, # horizontal field of view, degrees
-    **kwargs # `head_m`, `margin`, `max_cell_m2`
+                 lengths, # [(p, q, metres), …]: two picture points on the ground and their distance
+                 size_hw, # of the picture, pixels
+                 camera_height_m=None, # above the ground, metres
+                 fov_deg=None, # horizontal field of view, degrees
+                 **kwargs # `head_m`, `margin`, `max_cell_m2`
                  )->Ground:
     "Ground from the horizon and lengths on the ground; the origin is under the camera"
     ends = np.array([[p, q] for p, q, _ in lengths], float).reshape(-1, 2, 2)
@@ -298,8 +298,8 @@ def _sample_areas(ground, xy, height_m):
 
 @patch
 def cell_area(self:Ground, size_hw, # `(height, width)` of the picture, pixels
-    cell, # side of a cell, pixels
-    height_m=None # of what is counted above the ground; heads if None
+              cell, # side of a cell, pixels
+              height_m=None # of what is counted above the ground; heads if None
               )->np.ndarray: # (rows, columns) m² a cell; NaN where it is unknown
     "Ground that each cell of a map covers; NaN beyond the horizon or the calibrated ground, and above `max_cell_m2`"
     g = self.at(size_hw)
@@ -557,8 +557,8 @@ def _check_site(site, secrets):
 
 # %% ../nbs/08_ground.ipynb #08-ground-069
 def parse_site(text, # TOML
-    name='site.toml', # for messages
-    secrets=True # False: do not ask for the environment's
+               name='site.toml', # for messages
+               secrets=True # False: do not ask for the environment's
               )->Site:
     "A site from its text; `SiteError` names each wrong line and key"
     lines = locate(text)
@@ -588,7 +588,7 @@ def _plain(doc):
 
 # %% ../nbs/08_ground.ipynb #08-ground-069-0
 def read_site(path, # of the TOML file
-    secrets=True # False: do not ask for the environment's
+              secrets=True # False: do not ask for the environment's
              )->Site:
     "Read and check a site file"
     path = Path(path)
@@ -723,9 +723,9 @@ def _reading(camera, zone, estimate, time, min_known):
     return Reading(camera.name, zone.name, time, density, low, high, max(_worst_patch(people, plan), density), n)
 
 def measure(camera, # a `Camera`
-    estimate, # of its picture: `density`, `cell`, `size_hw`, `low`, `high`, `error`
-    time=None, # seconds; now if None
-    min_known=.8 # part of a zone that must be known
+            estimate, # of its picture: `density`, `cell`, `size_hw`, `low`, `high`, `error`
+            time=None, # seconds; now if None
+            min_known=.8 # part of a zone that must be known
            )->list[Reading]: # one a zone
     "People per m² in each zone of `camera`"
     time, out = clock.time() if time is None else time, []
@@ -750,8 +750,8 @@ def _shown(ground, size_hw):
     return (*at.min(0), *at.max(0)) if len(at) else (0, 0, 0, 0)
 
 def grid_lines(ground, # a `Ground`
-    size_hw, # of the picture, pixels
-    step_m=None # between lines, metres; 1, 2, 5, 10 … if None, so that there are at most 60
+               size_hw, # of the picture, pixels
+               step_m=None # between lines, metres; 1, 2, 5, 10 … if None, so that there are at most 60
               )->tuple: # [(whole tens, (k, 2) pixels), …], step in metres
     "Lines of a metre grid on the calibrated ground, as seen in the picture"
     ground = ground.at(size_hw)
@@ -770,10 +770,10 @@ def grid_lines(ground, # a `Ground`
 
 # %% ../nbs/08_ground.ipynb #08-ground-095
 def draw_grid(rgb, # uint8 (h, w, 3)
-    ground, # a `Ground`
-    step_m=None, # between lines, metres
-    zones=(), # `Zone`s to outline
-    colour=(255, 225, 60) # of the lines
+              ground, # a `Ground`
+              step_m=None, # between lines, metres
+              zones=(), # `Zone`s to outline
+              colour=(255, 225, 60) # of the lines
              )->np.ndarray: # uint8 (h, w, 3)
     "The picture with a metre grid on its ground, every fifth line bold, and its zones"
     image, size_hw = Image.fromarray(rgb), rgb.shape[:2]
@@ -810,7 +810,7 @@ def _zone_table(zone):
     return t
 
 def save_camera(path, # of the site file, made if it is missing
-    camera # dict as in the file: name, source, ground, zone
+                camera # dict as in the file: name, source, ground, zone
                )->Site:
     "Add a camera to a site file, or replace what it says of the camera of that name"
     path = Path(path)
@@ -835,14 +835,14 @@ def save_camera(path, # of the site file, made if it is missing
 
 # %% ../nbs/08_ground.ipynb #08-ground-103
 def calibrate_from_points(image, # path of a picture of the camera, or its `(height, width)`
-    site, # site file to write
-    points_px, # (n, 2) pixels
-    points_m, # (n, 2) metres
-    zones=(), # {name: [(x, y), …] in pixels}
-    name='camera', # of the camera
-    source=None, # its address; the picture if None
-    camera_height_m=None, # above the ground, metres
-    head_m=1.6 # of heads above the ground, metres
+                          site, # site file to write
+                          points_px, # (n, 2) pixels
+                          points_m, # (n, 2) metres
+                          zones=(), # {name: [(x, y), …] in pixels}
+                          name='camera', # of the camera
+                          source=None, # its address; the picture if None
+                          camera_height_m=None, # above the ground, metres
+                          head_m=1.6 # of heads above the ground, metres
                          )->Ground:
     "Calibrate a camera and save it in a site file, without a browser"
     h, w = image if isinstance(image, tuple) else image_size(image)
@@ -972,8 +972,8 @@ class CalibrateServer(ThreadingHTTPServer):
     "Serves the calibrate page of one picture on 127.0.0.1; `url` opens it, `saved` is the site once it was saved"
     daemon_threads = True
     def __init__(self, image, # path of a picture of the camera
-        site, # site file to write
-        port=0 # 0 takes a free one
+                 site, # site file to write
+                 port=0 # 0 takes a free one
                 ):
         rgb, self.site, self.saved, self.token = read_rgb(image), Path(site), None, token_urlsafe(24)
         buffer, page = io.BytesIO(), files('crowd_density')/'pages'/'calibrate.html'
@@ -1012,14 +1012,14 @@ def _has_screen():
 _PLACES = 'x', 'y', 'x_m', 'y_m'
 
 def calibrate(image, # path of a picture of the camera
-    site, # site file to write or add to
-    port=0, # of the page, 0 takes a free one
-    points=None, # CSV `x,y,x_m,y_m`: calibrate from it, without the page
-    zones=None, # CSV `zone,x,y`, pixels, in order round each zone
-    name='camera', # of the camera, without the page
-    source=None, # its address, without the page
-    camera_height_m=None, # above the ground, metres, without the page
-    browser=True # open one
+              site, # site file to write or add to
+              port=0, # of the page, 0 takes a free one
+              points=None, # CSV `x,y,x_m,y_m`: calibrate from it, without the page
+              zones=None, # CSV `zone,x,y`, pixels, in order round each zone
+              name='camera', # of the camera, without the page
+              source=None, # its address, without the page
+              camera_height_m=None, # above the ground, metres, without the page
+              browser=True # open one
              )->int: # exit status: 0 saved
     "Calibrate a camera on a local page, or from a table of points"
     if points is not None:

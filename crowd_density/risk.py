@@ -58,14 +58,14 @@ class Event:
 
 # %% ../nbs/09_risk.ipynb #09-risk-012
 def level_of(density, # people per m²
-    levels # `Levels`
+             levels # `Levels`
             )->str: # clear, busy, crowded or critical
     "The highest level whose enter threshold `density` reaches"
     return next((l for l in reversed(RAISED) if density >= getattr(levels, l).enter), 'clear')
 
 def in_words(level, # of the zone
-    low, high, # interval of its density, people per m²; None if unknown
-    levels # `Levels`
+             low, high, # interval of its density, people per m²; None if unknown
+             levels # `Levels`
             )->str: # 'crowded, critical possible'
     "`level`, and what else the interval allows"
     if level == UNKNOWN or low is None or high is None: return level
@@ -76,9 +76,9 @@ def in_words(level, # of the zone
 
 # %% ../nbs/09_risk.ipynb #09-risk-015
 def _step_latch(latch, # dict of `on`, `above`, `below` (times since when, or None)
-    level, # `Level`
-    density, # people per m²
-    time # seconds
+                level, # `Level`
+                density, # people per m²
+                time # seconds
                ):
     "Move one latch by one reading"
     latch['above'] = (time if latch['above'] is None else latch['above']) if density >= level.enter else None
@@ -114,14 +114,14 @@ def _fresh():
 class ZoneRisk:
     "The level of one zone: `step` a reading, `tick` the time; both return events"
     def __init__(self, camera, # name
-        zone, # name
-        levels=None, # `Levels`; defaults if None
-        stale_after=5., # seconds without a good reading before unknown
-        cooldown=60., # seconds in which nothing is said twice
-        source_cooldown=10., # the same for the loss and return of pictures
-        trend_window=60., # seconds of readings that make a trend
-        trend_horizon=120., # a level expected within this many seconds is an event
-        judge='density' # or 'worst_patch': what the levels are about
+                 zone, # name
+                 levels=None, # `Levels`; defaults if None
+                 stale_after=5., # seconds without a good reading before unknown
+                 cooldown=60., # seconds in which nothing is said twice
+                 source_cooldown=10., # the same for the loss and return of pictures
+                 trend_window=60., # seconds of readings that make a trend
+                 trend_horizon=120., # a level expected within this many seconds is an event
+                 judge='density' # or 'worst_patch': what the levels are about
                 ):
         self.camera, self.zone, self.levels, self.judge = camera, zone, levels or default_levels(), judge
         self.stale_after, self.cooldown = float(stale_after), float(cooldown)
@@ -131,8 +131,8 @@ class ZoneRisk:
 
     @classmethod
     def of(cls, camera, # a `Camera`
-        zone, # one of its zones
-        **kwargs)->'ZoneRisk':
+           zone, # one of its zones
+           **kwargs)->'ZoneRisk':
         "The state machine of a zone of a site"
         return cls(camera.name, zone.name, zone.levels, camera.stale_after, judge=zone.judge, **kwargs)
 
@@ -149,7 +149,7 @@ class ZoneRisk:
 # %% ../nbs/09_risk.ipynb #09-risk-023
 @patch
 def step(self:ZoneRisk, reading, # a `Reading`
-    time=None # seconds; the reading's own if None
+         time=None # seconds; the reading's own if None
         )->list[Event]:
     "Take a reading; returns what there is to say"
     time = self._begin(reading.time if time is None else time)

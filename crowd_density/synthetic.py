@@ -53,8 +53,8 @@ class View:
 
 # %% ../nbs/01_synthetic.ipynb #01-synthetic-011
 def _to_ground(self:View,
-    xy,    # (..., 2) pixels
-    z_m=0. # height of what is seen there, metres
+               xy,    # (..., 2) pixels
+               z_m=0. # height of what is seen there, metres
               )->np.ndarray: # (..., 2) metres; NaN above the horizon
     "Which place is seen at a pixel"
     xy, (h, w) = np.asarray(xy, float), self.size_hw
@@ -692,11 +692,11 @@ def _usual(rnd, kind, size_hw):
     return int(min(1200, math.exp(rnd.gauss(middle, spread)))*min(1, size_hw[0]*size_hw[1]/4e5))
 
 def scene(seed:int,           # same seed, same picture
-    size_hw=(768, 1024), # `(height, width)`, pixels
-    people=None,        # how many heads can be seen (fewer where there is no room); by chance if None
-    lookalikes=True,    # also lamps, balls in trees, signs, wheels, parasols, balloons, melons, posts
-    camera=None,        # one of `CAMERAS`; by chance if None
-    dusk=None           # evening light; by chance if None
+          size_hw=(768, 1024), # `(height, width)`, pixels
+          people=None,        # how many heads can be seen (fewer where there is no room); by chance if None
+          lookalikes=True,    # also lamps, balls in trees, signs, wheels, parasols, balloons, melons, posts
+          camera=None,        # one of `CAMERAS`; by chance if None
+          dusk=None           # evening light; by chance if None
          )->Scene: # picture, heads, look-alikes
     "People in a street or on a square, generated from `seed`"
     rng, rnd, size_hw = np.random.default_rng(seed), random.Random(f'scene {seed}'), _size(size_hw)
@@ -870,8 +870,8 @@ _EMPTY = dict(street=_e_street, trees=_e_trees, lamps=_e_lamps, bicycles=_e_bicy
 EMPTY_KINDS = tuple(_EMPTY)
 
 def empty_scene(seed:int,            # same seed, same picture
-    size_hw=(768, 1024), # `(height, width)`, pixels
-    kind=None            # one of `EMPTY_KINDS`; by chance if None
+                size_hw=(768, 1024), # `(height, width)`, pixels
+                kind=None            # one of `EMPTY_KINDS`; by chance if None
                )->Scene: # without points
     "A picture in which there is nobody"
     rng, rnd, (h, w) = np.random.default_rng(seed), random.Random(f'empty {seed}'), _size(size_hw)
@@ -897,14 +897,14 @@ def _save_picture(path, pixels, *options):
             raise DataError(path, 'a place where a picture can be written', 'OpenCV could not write it')
 
 def write_dataset(out,                 # folder, made if it is missing
-    images,              # how many
-    seed=0,              # same seed, same pictures
-    size_hw=(768, 1024), # `(height, width)`, pixels
-    part='A',            # of ShanghaiTech's layout
-    test=.2,             # share of the pictures that goes to `test_data`
-    empty=0.,            # share of the pictures without people
-    masks=False,         # also write `lookalikes/IMG_1.png`: 255 on look-alikes, else 0
-    progress=None        # wraps the work: `progress(iterable, description)`
+                  images,              # how many
+                  seed=0,              # same seed, same pictures
+                  size_hw=(768, 1024), # `(height, width)`, pixels
+                  part='A',            # of ShanghaiTech's layout
+                  test=.2,             # share of the pictures that goes to `test_data`
+                  empty=0.,            # share of the pictures without people
+                  masks=False,         # also write `lookalikes/IMG_1.png`: 255 on look-alikes, else 0
+                  progress=None        # wraps the work: `progress(iterable, description)`
                  )->Path: # `out`
     "Generated scenes in ShanghaiTech's layout"
     out, held = Path(out), round(images*test)
@@ -1018,10 +1018,10 @@ def _moments(n, start, end):
 
 # %% ../nbs/01_synthetic.ipynb #01-synthetic-083
 def clip(seconds=120.,      # length
-    peak=8.,           # people per m² in the zone when it is fullest, 0 to 10
-    seed=0,            # same seed, same clip
-    fps=4.,            # pictures a second
-    size_hw=(480, 640) # `(height, width)`, pixels
+         peak=8.,           # people per m² in the zone when it is fullest, 0 to 10
+         seed=0,            # same seed, same clip
+         fps=4.,            # pictures a second
+         size_hw=(480, 640) # `(height, width)`, pixels
         )->Clip: # its pictures come from `frames`
     "A square whose one zone fills to `peak` people per m² and empties again"
     for name, value, low, high in (('seconds', seconds, .5, 1e5), ('peak', peak, 0, 10), ('fps', fps, .1, 60)):
@@ -1084,7 +1084,7 @@ def _painter(clip):
     return paint
 
 def frames(clip:Clip, # from `clip`
-    every=1    # only every so manyeth picture
+           every=1    # only every so manyeth picture
           ): # yields `(time, rgb, points_xy, points_m)`
     "The pictures of a clip, one after another"
     paint = _painter(clip)
@@ -1094,7 +1094,7 @@ Clip.frames = frames
 
 # %% ../nbs/01_synthetic.ipynb #01-synthetic-093
 def alter(pictures, # `(time, rgb, …)` as `frames` yields them
-    faults    # `[(kind, start, stop)]`, seconds; kind is 'black', 'frozen' or 'missing'
+          faults    # `[(kind, start, stop)]`, seconds; kind is 'black', 'frozen' or 'missing'
          ): # yields the same tuples
     "The same pictures with intervals in which the camera fails"
     for kind, *_ in faults:
@@ -1115,9 +1115,9 @@ def _altered(pictures, faults):
 ZONE_LEVELS = dict(busy=(2., 1.6, 5, 10), crowded=(4., 3.2, 5, 10), critical=(5., 4., 3, 20))
 
 def site_toml(clip:Clip,         # whose camera is described
-    source='clip.mp4', # where its pictures are, from the site file's folder
-    name='square',     # of the camera
-    rate=1.            # pictures judged a second
+              source='clip.mp4', # where its pictures are, from the site file's folder
+              name='square',     # of the camera
+              rate=1.            # pictures judged a second
              )->str: # TOML
     "The site file of a clip"
     (x0, y0), (x1, y1) = clip.zone_m.min(0), clip.zone_m.max(0)
@@ -1131,7 +1131,7 @@ def site_toml(clip:Clip,         # whose camera is described
     return '\n'.join(lines) + '\n'
 
 def truth_rows(clip:Clip, # whose zone is counted
-    times      # of its pictures, seconds
+               times      # of its pictures, seconds
               )->list: # rows of `truth.csv`, the names of its columns first
     "How many people are in the zone at each time, and how dense they are"
     counts, area = [(t, clip.people(float(t))) for t in times], clip.area_m2
@@ -1183,13 +1183,13 @@ def _film(path, pictures, fps, size_hw):
     return times
 
 def write_clip(out,                # folder, made if it is missing
-    seconds=120.,       # length
-    peak=8.,            # people per m² in the zone when it is fullest
-    seed=0,             # same seed, same clip
-    fps=4.,             # pictures a second
-    size_hw=(480, 640), # `(height, width)`, pixels
-    faults=(),          # intervals in which the camera fails, as `alter` takes them
-    progress=None       # wraps the pictures: `progress(iterable, description)`
+               seconds=120.,       # length
+               peak=8.,            # people per m² in the zone when it is fullest
+               seed=0,             # same seed, same clip
+               fps=4.,             # pictures a second
+               size_hw=(480, 640), # `(height, width)`, pixels
+               faults=(),          # intervals in which the camera fails, as `alter` takes them
+               progress=None       # wraps the pictures: `progress(iterable, description)`
               )->Clip: # what was filmed
     "Write `clip.mp4`, `truth.csv` and `site.toml`"
     out, made = Path(out), clip(seconds, peak, seed, fps, size_hw)
