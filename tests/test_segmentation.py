@@ -283,7 +283,7 @@ def test_killed_and_resumed_equals_undisturbed(scenes, tmp_path):
 
 def test_early_stopping_keeps_the_best(scenes, tmp_path):
     run = S.Run(tmp_path, dict(seed=0), 'valid_loss')
-    run.rows, run.best, run.best_epoch = [{}]*4, .1, 0
+    run.rows, run.best, run.best_epoch = [dict(train_loss=1., valid_loss=1.)]*4, .1, 0
     class Learn: opt = 1
     S.save_weights(tmp_path/'best.safetensors', toy().state_dict(), {}, half=False)
     learn = Learn()
@@ -316,7 +316,6 @@ train_segmentation(open_data({str(scenes.root)!r}), sys.argv[1], {dict(R, epochs
     subprocess.run([*command, tmp_path/'b'], check=True)
     a, b = [S.load_weights(tmp_path/k/'model.safetensors')[0] for k in 'ab']
     for k in a: assert torch.allclose(a[k].float(), b[k].float(), rtol=1e-2, atol=1e-3), k
-    assert not list((tmp_path/'b').glob('.writing-*')) or True
 
 def test_real_data_splits(real_data):
     d = open_data(real_data/'shanghaitech')
