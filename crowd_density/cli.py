@@ -270,11 +270,11 @@ def evaluate(model: ModelArg, data: Data, part: Part=None, split: Split=None, ev
     m = inference.load(model, threads=threads)
     writable(figures)
     r = report.evaluate_model(m, data, part=part, split=split, every=every, seed=seed, figures=figures, progress=progress)
+    write_json(json, r)
     for o in r.get('warnings', ()): say(f'warning: {o}')
     for title, head, rows in report.tables(r): table(title, head, rows)
     failed = r.get('failed', ())
     for o in failed: say(f"left out: {o['error']}")
-    write_json(json, r)
     return int(bool(failed))
 
 # %% ../nbs/13_cli.ipynb #13-cli-057
