@@ -37,6 +37,9 @@ class DataError(ValueError):
     def __reduce__(self): return type(self), (self.path, self.expected, self.found)
 
 # %% ../nbs/00_data.ipynb #00-data-014
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
 @contextmanager
 def atomic(path # the file to write
           ):    # context manager: yields a temporary `Path` in the same folder, with the same suffix
@@ -48,9 +51,7 @@ def atomic(path # the file to write
         temporary = Path(name)
         os.close(fd)
         yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
+        temporary.chmod(0o666 & ~_UMASK)
         temporary.replace(path)
     except OSError as e:
         about_it = e.errno and (e.filename is None or '.writing-' in str(e.filename))
