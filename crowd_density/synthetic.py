@@ -965,7 +965,8 @@ def _walk(self:Clip, time):
     share = past/far
     at = self.slots + (self.ways*share[..., None]).sum(1)
     move = (self.ways/far[..., None]*np.sign(past)[..., None]*((-1,), (1,))).sum(1)*self.speed[:, None]
-    sway = .03*np.sin(time*.7 + np.arange(len(at))*2.4)*~past.any(1)
+    still = np.clip(np.minimum(time-self.arrive, self.leave-time)/2, 0, 1) # sways more and more once it stands
+    sway = .03*still*np.sin(time*.7 + np.arange(len(at))*2.4)
     here = np.flatnonzero((share < 1).all(1))
     x = (self.passers[:, 0] + self.passers[:, 2]*time + 15) % 30 - 15
     places = np.concatenate([(at + np.stack([sway, 0*sway], 1))[here], np.stack([x, self.passers[:, 1]], 1)])

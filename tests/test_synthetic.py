@@ -2,7 +2,7 @@
 import csv, subprocess, sys, time, tomllib
 
 import cv2, numpy as np, pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from scipy.io import loadmat
 
 from crowd_density import synthetic
@@ -220,6 +220,7 @@ def test_clip_for_any_seed(seed):
 
 @few
 @given(seeds, st.floats(0, 119))
+@example(1546558393, 14.5625)
 def test_people_walk(seed, t):
     "Nobody jumps, and velocities are those of the places"
     c = clip(120, 2, seed)
