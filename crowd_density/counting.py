@@ -118,13 +118,13 @@ def compile_stem(model, # a `CountingModel` frozen to its first tap
     else: model.fast = fast if same else None
     return model
 
-# %% ../nbs/05_counting.ipynb #05-counting-014
+# %% ../nbs/05_counting.ipynb #05-counting-015
 def n_parameters(model # any module
                 )->int: # numbers that training may change
     "Size of a model"
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-# %% ../nbs/05_counting.ipynb #05-counting-017
+# %% ../nbs/05_counting.ipynb #05-counting-018
 def negative_binomial(predicted, # expected counts > 0, any shape
                       true,      # counts, same shape
                       alpha=.05  # over-dispersion: variance = λ + αλ²; 0 is Poisson
@@ -137,7 +137,7 @@ def negative_binomial(predicted, # expected counts > 0, any shape
         best = t*torch.log1p(alpha*t) - torch.xlogy(t, t) + torch.log1p(alpha*t)/alpha
     return loss - best
 
-# %% ../nbs/05_counting.ipynb #05-counting-019
+# %% ../nbs/05_counting.ipynb #05-counting-020
 def block_sums(density, # (n, 1, h, w) people per cell, sides divisible by `k`
                k        # side of a block, cells
               ):        # (n, 1, h/k, w/k) people per block
@@ -158,7 +158,7 @@ class BlockLoss(nn.Module):
         sums.append((pred.sum((1, 2, 3)), targ.sum((1, 2, 3))))
         return sum(negative_binomial(p, t, self.alpha).sum() for p, t in sums)/len(pred)*self.scale
 
-# %% ../nbs/05_counting.ipynb #05-counting-023
+# %% ../nbs/05_counting.ipynb #05-counting-024
 class Atlas:
     "Pictures as uint8 tensors (3, h, w) on `device`, with their head points and what kind each is"
     def __init__(self, device='cpu'): self.device, self.rgbs, self.points, self.kinds, self.names = device, [], [], [], []
@@ -177,7 +177,7 @@ class Atlas:
         for o in (progress(items) if progress else items): self.add(o.rgb(), o.points(), o.part or 'own', o.name)
         return self
 
-# %% ../nbs/05_counting.ipynb #05-counting-025
+# %% ../nbs/05_counting.ipynb #05-counting-026
 def add_scenes(atlas,          # an `Atlas`
                n_scenes=80,    # generated scenes with people
                n_empty=120,    # generated pictures without people
@@ -193,7 +193,7 @@ def add_scenes(atlas,          # an `Atlas`
         atlas.add(s.rgb, s.points_xy, 'empty', f'{s.kind} {seed + i}')
     return atlas
 
-# %% ../nbs/05_counting.ipynb #05-counting-028
+# %% ../nbs/05_counting.ipynb #05-counting-029
 SCALES = dict(A=(.7, 2.), B=(.45, 2.2), scene=(.5, 1.6), empty=(.4, 2.), own=(.5, 2.))
 
 def cut(rgb,       # (3, h, w) uint8 tensor
@@ -210,7 +210,7 @@ def cut(rgb,       # (3, h, w) uint8 tensor
     if side != size: patch = F.interpolate(patch, (size, size), mode='bilinear', antialias=side > size, align_corners=False)
     return patch[0], inside((points_xy - [x, y])*(size/side), (size, size))
 
-# %% ../nbs/05_counting.ipynb #05-counting-033
+# %% ../nbs/05_counting.ipynb #05-counting-034
 def tone(x,   # (n, 3, h, w) in 0..1
          rng  # numpy Generator
         ):    # same shape
@@ -226,7 +226,7 @@ def tone(x,   # (n, 3, h, w) in 0..1
     mean = x.mean((1, 2, 3), keepdim=True)
     return ((x - mean)*draw(.8, 1.2) + mean*draw(.85, 1.15)).clamp(0, 1)
 
-# %% ../nbs/05_counting.ipynb #05-counting-035
+# %% ../nbs/05_counting.ipynb #05-counting-036
 def dct_matrix(n=8 # side of a block, pixels
               )->torch.Tensor: # (n, n) orthonormal
     "Matrix of the discrete cosine transform that JPEG uses"
@@ -247,7 +247,7 @@ def jpeg_like(x,      # (n, 3, h, w) in 0..1, sides divisible by 8
     f = torch.round(f/step)*step
     return (d.T@f@d).transpose(3, 4).reshape(n, c, h, w).clamp(0, 1)
 
-# %% ../nbs/05_counting.ipynb #05-counting-037
+# %% ../nbs/05_counting.ipynb #05-counting-038
 def blur(x,    # (n, 3, h, w)
          sigma # standard deviation, pixels
         ):     # same shape
@@ -271,7 +271,7 @@ def wear(x,  # (n, 3, h, w) in 0..1
     if len(some): x[some] = jpeg_like(x[some], rng.uniform(8, 70, len(some)))
     return x
 
-# %% ../nbs/05_counting.ipynb #05-counting-039
+# %% ../nbs/05_counting.ipynb #05-counting-040
 def cut_outs(x,      # (n, 3, h, w)
              points, # list of (m, 2)
              rng,    # numpy Generator
@@ -287,7 +287,7 @@ def cut_outs(x,      # (n, 3, h, w)
         out[i] = p[~((p[:, 0] >= x0) & (p[:, 0] < x0 + b) & (p[:, 1] >= y) & (p[:, 1] < y + a))]
     return x, out
 
-# %% ../nbs/05_counting.ipynb #05-counting-044
+# %% ../nbs/05_counting.ipynb #05-counting-045
 def targets(points, # list of (m, 2)
             size,   # side of the crops, pixels
             device='cpu'
@@ -331,14 +331,14 @@ class CropLoader(DataLoader):
         rng = np.random.default_rng([self.seed, self.epoch])
         for ids in self.order(rng).reshape(-1, self.bs): yield self.batch(ids, rng)
 
-# %% ../nbs/05_counting.ipynb #05-counting-045
+# %% ../nbs/05_counting.ipynb #05-counting-046
 def normalised(x # (n, 3, h, w) in 0..1
               ): # same shape, with the encoder's statistics
     "Channels as the encoder was trained with"
     mean, std = (torch.tensor(s, dtype=x.dtype, device=x.device).view(1, 3, 1, 1) for s in LITE_STATS)
     return ((x - mean)/std).contiguous(memory_format=torch.channels_last)
 
-# %% ../nbs/05_counting.ipynb #05-counting-047
+# %% ../nbs/05_counting.ipynb #05-counting-048
 class FixedCrops(DataLoader):
     "Undisturbed centre crops for the validation loss of every epoch"
     def __init__(self, atlas, bs=8, size=320):
@@ -350,7 +350,7 @@ class FixedCrops(DataLoader):
             x, p = zip(*[cut(self.atlas.rgbs[i], self.atlas.points[i], self.size, 1., (.5, .5)) for i in ids])
             yield normalised(torch.stack(x)), targets(p, self.size, x[0].device)
 
-# %% ../nbs/05_counting.ipynb #05-counting-051
+# %% ../nbs/05_counting.ipynb #05-counting-052
 class Average(Callback):
     "Keeps an exponential running average of the weights and validates with it"
     order = 5
@@ -371,7 +371,7 @@ class Average(Callback):
     def after_validate(self): self.learn.model = self.trained
     def after_cancel_validate(self): self.after_validate()
 
-# %% ../nbs/05_counting.ipynb #05-counting-053
+# %% ../nbs/05_counting.ipynb #05-counting-054
 def plain_copy(model # a `CountingModel`, perhaps compiled
               )->CountingModel: # a copy that shares nothing with it
     "Copy of a model without its compiled layers"
@@ -398,7 +398,7 @@ class Checkpoint(Callback):
         with atomic(self.path) as tmp: torch.save(state, tmp)
         self.last = time.time()
 
-# %% ../nbs/05_counting.ipynb #05-counting-055
+# %% ../nbs/05_counting.ipynb #05-counting-056
 class SkipTo(Callback):
     "Goes on at `epoch` with the schedule as if the earlier epochs had been run here"
     order = 70
@@ -426,19 +426,19 @@ class History(Callback):
         left = (time.time() - self.t0)/self.done*(self.n_epoch - self.epoch - 1)
         if self.report: self.report({**row, 'epochs': self.n_epoch, 'left_s': round(left)})
 
-# %% ../nbs/05_counting.ipynb #05-counting-057
+# %% ../nbs/05_counting.ipynb #05-counting-058
 def crop_mae(pred, targ):
     "Mean absolute error of a crop's count, people"
     return (pred.sum((1, 2, 3)) - targ.sum((1, 2, 3))).abs().mean()
 
-# %% ../nbs/05_counting.ipynb #05-counting-059
+# %% ../nbs/05_counting.ipynb #05-counting-060
 def optimizer(model_params, lr, fused=True, wd=1e-2):
     "AdamW in one fused step a group, as a fastai optimiser"
     return OptimWrapper(model_params, torch.optim.AdamW, lr=lr, weight_decay=wd, fused=fused, betas=(.9, .99))
 
 def halves(model): return [list(model.encoder.parameters()), [p for n, p in model.named_parameters() if not n.startswith('encoder.')]]
 
-# %% ../nbs/05_counting.ipynb #05-counting-061
+# %% ../nbs/05_counting.ipynb #05-counting-062
 def counting_learner(dls,        # `DataLoaders` of a `CropLoader` and a `FixedCrops`
                      model=None, # a `CountingModel`
                      loss=None,  # default `BlockLoss()`
@@ -452,7 +452,7 @@ def counting_learner(dls,        # `DataLoaders` of a `CropLoader` and a `FixedC
     learn.add_cb(GradientClip(1.))
     return learn
 
-# %% ../nbs/05_counting.ipynb #05-counting-064
+# %% ../nbs/05_counting.ipynb #05-counting-065
 @torch.inference_mode()
 def density_of(model, # a `CountingModel` in evaluation mode
                rgb    # (h, w, 3) uint8
@@ -464,7 +464,7 @@ def density_of(model, # a `CountingModel` in evaluation mode
     x = F.pad(normalised(x), (0, -w % m, 0, -h % m))
     return model(x)[0, 0, :-(-h//s), :-(-w//s)].cpu().numpy()
 
-# %% ../nbs/05_counting.ipynb #05-counting-066
+# %% ../nbs/05_counting.ipynb #05-counting-067
 def judge(model,        # a `CountingModel`
           atlas,        # an `Atlas` of whole pictures
           every=1,      # judge every n-th
@@ -481,7 +481,7 @@ def judge(model,        # a `CountingModel`
         out[k] = dict(n=len(t), **count_scores(t, p), constant_mae=float(np.abs(t - t.mean()).mean()))
     return out
 
-# %% ../nbs/05_counting.ipynb #05-counting-069
+# %% ../nbs/05_counting.ipynb #05-counting-070
 RECIPES = dict(
     trial=dict(judged=12, final=0, size=256, bs=8, alpha=.05, lr=(3e-4, 1e-3), decay=.99, frozen=4, made=(80, 120), compiled=False),
     quick=dict(judged=38, final=0, size=256, bs=8, alpha=.05, lr=(3e-4, 1e-3), decay=.998, frozen=4, made=(80, 120), compiled=True),
@@ -500,7 +500,7 @@ def flat_cos(lr,       # (encoder, head) rates
     fs = [rate(o) for o in lr]
     return ParamScheduler(dict(lr=lambda pos: [f(pos) for f in fs]))
 
-# %% ../nbs/05_counting.ipynb #05-counting-072
+# %% ../nbs/05_counting.ipynb #05-counting-073
 def fit_phase(out,         # folder of the phase: checkpoint, history
               atlas,       # `Atlas` to train on
               tune,        # `Atlas` for the validation loss
@@ -526,7 +526,7 @@ def fit_phase(out,         # folder of the phase: checkpoint, history
             learn.fit(epochs, cbs=[flat_cos(recipe['lr']), average, SkipTo(epoch), Checkpoint(file, average), History(out/'history.csv', report)])
     return average.model.eval()
 
-# %% ../nbs/05_counting.ipynb #05-counting-073
+# %% ../nbs/05_counting.ipynb #05-counting-074
 def restore(learn, average, file # `checkpoint.pth` of the same recipe
            )->int: # epochs that are done
     "Put a learner and its average back where the checkpoint left them"
@@ -538,7 +538,7 @@ def restore(learn, average, file # `checkpoint.pth` of the same recipe
     average.n = s['steps']
     return s['epoch']
 
-# %% ../nbs/05_counting.ipynb #05-counting-080
+# %% ../nbs/05_counting.ipynb #05-counting-081
 def fit_gain(rows,       # (name, kind, true, predicted) of pictures that were not trained on
              lo=.85, hi=1.2 # bounds
             )->float:    # factor for the predicted counts
@@ -547,7 +547,7 @@ def fit_gain(rows,       # (name, kind, true, predicted) of pictures that were n
     def error(c): return sum(np.abs(c*p - t).mean()/max(t.mean(), 1) for t, p in parts)
     return float(min(np.linspace(lo, hi, 351), key=error))
 
-# %% ../nbs/05_counting.ipynb #05-counting-082
+# %% ../nbs/05_counting.ipynb #05-counting-084
 def reported(scores # what `judge` returns
             )->dict: # the same without the rows, rounded
     "Figures for a card"
@@ -562,7 +562,7 @@ def counting_card(recipe, name, seed, data, figures, encoder='lite0', **more):
                 versions={p: version(p) for p in ('torch', 'fastai', 'timm', 'numpy')} | dict(python=platform.python_version()),
                 created=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), figures=figures, **more)
 
-# %% ../nbs/05_counting.ipynb #05-counting-084
+# %% ../nbs/05_counting.ipynb #05-counting-086
 def told(file # `history.csv` of a phase
         )->list: # a list of figures for each epoch, in the order of `History`'s columns
     "The course of a run, for its card"
@@ -575,7 +575,7 @@ def save_counting(model, out, card):
     export_onnx(model, Path(out)/'model.onnx', {k: v for k, v in card.items() if k != 'sha256'}, outputs=('density',))
     return card
 
-# %% ../nbs/05_counting.ipynb #05-counting-086
+# %% ../nbs/05_counting.ipynb #05-counting-088
 def settled(out,    # folder of the run
             recipe, # a dict, or a name in `RECIPES`
             resume, # go on with what is there?
@@ -593,7 +593,7 @@ def settled(out,    # folder of the run
     with atomic(file) as tmp: tmp.write_text(json.dumps(run))
     return recipe
 
-# %% ../nbs/05_counting.ipynb #05-counting-088
+# %% ../nbs/05_counting.ipynb #05-counting-091
 def train_counting(data,            # folder of a data set, or a `CrowdData`
                    out,             # folder of the run
                    recipe='quick',  # a name in `RECIPES`, or a dict
@@ -617,7 +617,7 @@ def train_counting(data,            # folder of a data set, or a `CrowdData`
     model = fit_phase(out/'judged', add_scenes(train, *r['made'], seed), tune, r['judged'], r, seed, None, resume, encoder or 'lite0', report)
     return finish(model, out, data, tune, atlas, r, name, seed, resume, encoder or 'lite0', report, progress)
 
-# %% ../nbs/05_counting.ipynb #05-counting-089
+# %% ../nbs/05_counting.ipynb #05-counting-092
 def finish(model, out, data, tune, atlas, r, name, seed, resume, encoder, report, progress):
     "Gain from `tune`, figures of `valid`, then the final phase on everything, and the files"
     before = judge(model, tune, progress=progress)
@@ -638,7 +638,7 @@ def finish(model, out, data, tune, atlas, r, name, seed, resume, encoder, report
         for f in ('model.safetensors', 'model.onnx'): shutil.copy(out/'judged'/f, out/f)
     return card
 
-# %% ../nbs/05_counting.ipynb #05-counting-095
+# %% ../nbs/05_counting.ipynb #05-counting-098
 def mixed(old,  # state dict
           new,  # state dict
           share # of the new one, 0..1
@@ -646,7 +646,7 @@ def mixed(old,  # state dict
     "Weights between two models of one origin"
     return {k: torch.lerp(v.float(), new[k].float(), share) if v.is_floating_point() else new[k] for k, v in old.items()}
 
-# %% ../nbs/05_counting.ipynb #05-counting-097
+# %% ../nbs/05_counting.ipynb #05-counting-101
 FINE = dict(judged=20, final=0, size=256, bs=8, alpha=.05, lr=(0., 3e-4), decay=.98, frozen=9, made=(30, 30), compiled=False)
 
 def fine_tune(weights,      # `.safetensors` of a counting model
@@ -668,7 +668,7 @@ def fine_tune(weights,      # `.safetensors` of a counting model
     new = fit_phase(Path(out)/'fine', add_scenes(train, *made, seed), tune, epochs, r, seed, old, resume, card.get('encoder', 'lite0'), report).state_dict()
     return best_mixture(model, old, new, tune, valid, before, out, card, r, seed)
 
-# %% ../nbs/05_counting.ipynb #05-counting-099
+# %% ../nbs/05_counting.ipynb #05-counting-103
 def best_mixture(model, old, new, tune, valid, before, out, card, recipe, seed):
     "Choose the share of the new weights on `tune`, report `valid`, save"
     def error(share):
