@@ -148,7 +148,15 @@ add_scenes(a, 2, 4, size_hw=(128, 160))
 c.fit_phase(sys.argv[1], a, a, 4, {**RECIPES['trial'], 'size': 64, 'bs': 4}, report=lambda r: print(r['epoch'], flush=True))
 '''
 
-def test_sigkill_and_resume_give_the_same_weights(atlas, tmp_path):
+@pytest.fixture
+def one_thread():
+    "Sums in one order: two threads round otherwise than one"
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+def test_sigkill_and_resume_give_the_same_weights(atlas, tmp_path, one_thread):
     p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', KILLED, str(tmp_path/'a')], stdout=subprocess.PIPE, text=True)
     while p.stdout.readline().strip() != '2': assert p.poll() is None
     p.send_signal(signal.SIGKILL)
