@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['app', 'ModelArg', 'ModelOpt', 'Data', 'Json', 'Lines', 'Part', 'Seed', 'Threads', 'NewFolder', 'Images', 'Clip',
            'Seconds', 'Peak', 'Sigma', 'Size', 'Processes', 'train', 'Run', 'Epochs', 'Resume', 'Recipe', 'Encoder',
-           'Device', 'Rehearse', 'Split', 'Every', 'Figures', 'Inputs', 'Overlay', 'Map', 'Mask', 'Scale', 'Site',
-           'Points', 'Zones', 'Camera', 'Source', 'Height', 'Port', 'Webhook', 'Mqtt', 'Metrics', 'History', 'Days',
-           'Snapshots', 'Pixelate', 'Realtime', 'Host', 'Repeat', 'explain', 'say', 'verb', 'arg', 'opt', 'progress',
-           'write_text', 'write_json', 'writable', 'table', 'synth', 'check', 'prepare', 'taken', 'say_epoch', 'learn',
-           'fine_tune', 'evaluate', 'pictures', 'sentence', 'default_model', 'predict', 'calibrate', 'watch', 'serve',
-           'export', 'demo', 'main']
+           'Start', 'Device', 'Rehearse', 'Split', 'Every', 'Figures', 'Inputs', 'Overlay', 'Map', 'Mask', 'Scale',
+           'Site', 'Points', 'Zones', 'Camera', 'Source', 'Height', 'Port', 'Webhook', 'Mqtt', 'Metrics', 'History',
+           'Days', 'Snapshots', 'Pixelate', 'Realtime', 'Host', 'Repeat', 'explain', 'say', 'verb', 'arg', 'opt',
+           'progress', 'write_text', 'write_json', 'writable', 'table', 'synth', 'check', 'prepare', 'taken',
+           'say_epoch', 'learn', 'fine_tune', 'evaluate', 'pictures', 'sentence', 'default_model', 'predict',
+           'calibrate', 'watch', 'serve', 'export', 'demo', 'main']
 
 # %% ../nbs/13_cli.ipynb #13-cli-003
 import os, sys, warnings
@@ -200,6 +200,7 @@ Epochs = opt(int, "Passes over the pictures; the recipe's own if left out.", min
 Resume = Annotated[bool, Option('--resume', help='Go on from the checkpoint in RUN.')]
 Recipe = Annotated[str, Option(help='quick: minutes on two cores; release: what made the shipped weights.')]
 Encoder = opt(str, "Pretrained encoder, such as lite0 or resnet34; the recipe's own if left out.")
+Start = opt(Path, 'Weights of a counting model whose encoder to begin with, such as RUN/judged/model.safetensors of `train counting`.', metavar='WEIGHTS')
 Device = opt(str, 'cpu, cuda, cuda:1, mps; the best there is if left out.')
 
 # %% ../nbs/13_cli.ipynb #13-cli-045
@@ -235,7 +236,7 @@ def _autoencoder(data: Data, out: Run, part: Part=None, epochs: Epochs=None, res
 
 # %% ../nbs/13_cli.ipynb #13-cli-049
 def _segmentation(data: Data, out: Run, part: Part=None, epochs: Epochs=None, encoder: Encoder=None, recipe: Recipe='quick',
-    resume: Resume=False, seed: Seed=0, device: Device=None):
+    start: Start=None, resume: Resume=False, seed: Seed=0, device: Device=None):
     "Experiment 2 of the report: a U-Net over a pretrained encoder, human or background for each pixel."
     learn('segmentation', 'train_segmentation', **locals())
 

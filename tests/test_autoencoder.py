@@ -1,5 +1,6 @@
 "Room 03: the report's autoencoder"
 import numpy as np, pytest, torch
+from hypothesis import given, settings, strategies as st
 
 from crowd_density import autoencoder as A
 from crowd_density.data import DataError, Item, open_data
@@ -34,8 +35,19 @@ def test_other_sides_are_refused(size):
 def test_targets_sum_to_people(scenes):
     ds = A.HeatSquares(scenes, 64, train=False)
     for o, (x, y) in zip(scenes, ds): assert float(y.sum())/HEAT == pytest.approx(o.count(), rel=1e-3, abs=1e-3)
-    moved = A.HeatSquares(scenes, 64, seed=1)
+    moved = A.HeatSquares(scenes, 64, seed=1, least=1)
     assert sorted(float(y.sum()) for _, y in moved) == pytest.approx(sorted(float(y.sum()) for _, y in ds), rel=1e-5)
+
+@given(st.integers(0, 10_000), st.integers(0, 63), st.integers(0, 63))
+@settings(max_examples=30, deadline=None)
+def test_enlarging_keeps_the_heat_of_what_stays(seed, y, x):
+    heat, rgb = np.zeros((64, 64), np.float32), np.zeros((64, 64, 3), np.uint8)
+    heat[max(y-2, 0):y+3, max(x-2, 0):x+3], rgb[y, x] = 1, 255
+    whole = np.ones((64, 64), np.float32)
+    seen = A.enlarged(rgb, heat, np.random.default_rng(seed))[1]
+    part = A.enlarged(rgb, whole, np.random.default_rng(seed))[1]
+    assert seen.shape == part.shape == (64, 64) and .6**2 - .03 < part.mean() <= 1
+    assert seen.sum() <= heat.sum()*1.25
 
 def test_examples_repeat(scenes):
     a, b = A.HeatSquares(scenes, 32, seed=2), A.HeatSquares(scenes, 32, seed=2)

@@ -261,25 +261,100 @@ def test_large_pictures_are_judged_in_parts(net):
     whole, parts = S.human_prob(net, rgb), S.human_prob(net, rgb, largest=320*300, overlap=96)
     assert whole.shape == parts.shape == (320, 416) and np.abs(whole - parts).mean() < .03
 
+# generated pictures among the real ones
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 4), st.integers(1, 9), st.floats(.05, .5), st.integers(0, 99))
+def test_an_epoch_holds_every_picture_and_its_share_of_generated_ones(n, per_item, made, share, epoch):
+    ds = S.Crops([None]*n, per_item=per_item, made=[None]*made, share=share)
+    ds.epoch = epoch
+    ids = [ds.which(i, np.random.default_rng(i)) for i in range(len(ds))]
+    assert sorted(i for i in ids if i < n) == sorted(list(range(n))*per_item) and max(ids) < n + made
+    assert len([i for i in ids if i >= n]) == pytest.approx(n*per_item*share/(1 - share), abs=.51)
+    plain = S.Crops([None]*n, per_item=per_item, share=share)
+    assert len(plain) == n*per_item and plain.n_made == 0
+
+def test_generated_pictures_have_seeds_of_their_own(monkeypatch):
+    seen = []
+    monkeypatch.setattr(S, 'scene', lambda seed, size_hw: seen.append(seed))
+    monkeypatch.setattr(S, 'empty_scene', lambda seed, size_hw, kind: seen.append(seed))
+    for seed in (0, 1): S.made_items(30, 90, seed)
+    assert min(seen) == S.MADE == 1_000_000 and len(seen) == 240 and not set(seen[:120]) & set(seen[120:])
+
+def test_generated_pictures_without_people_are_of_every_kind():
+    made = S.made_items(1, 40, size_hw=(64, 80))
+    assert {o.drawn.kind for o in made[1:]} == set(S.EMPTY_KINDS) and not any(len(o.points()) for o in made[1:])
+
+# the start from a counting model
+@pytest.fixture(scope='module')
+def counter(tmp_path_factory):
+    d = tmp_path_factory.mktemp('counter')
+    def make(name='c', scale=1., **card):
+        body = S.lite0(pretrained=False)
+        state = {f'encoder.{k}': v*scale if k == '0.weight' else v for k, v in body.state_dict().items()} | dict(gain=torch.ones(()))
+        S.save_weights(d/f'{name}.safetensors', state, dict(task='counting', split='train', seed=0) | card)
+        return d/f'{name}.safetensors', state
+    return make
+
+def test_the_encoder_of_a_counting_model(net, counter):
+    path, state = counter(scale=3.)
+    model = S.unet('lite0', False, size=(64, 64), last_cross=False)
+    said = S.start_encoder(model, path)
+    for k, v in model.layers[0].state_dict().items(): assert torch.equal(v, S.half_state({'k': state[f'encoder.{k}']})['k'].to(v.dtype)), k
+    assert said['sha256'] == S.read_card(path)['sha256'] and said['split'] == 'train'
+
+@pytest.mark.parametrize('card,why', [(dict(split='all training pictures'), 'train of seed 0 alone'), (dict(seed=1), 'seed 1'), (dict(task='segmentation'), 'of segmentation')])
+def test_weights_that_may_know_the_answers_are_refused(net, counter, card, why):
+    path, _ = counter('known', **card)
+    with pytest.raises(S.WeightsError, match=why): S.start_encoder(net, path)
+    if card.get('task') is None: S.start_encoder(S.unet('lite0', False, size=(64, 64)), path, strict=False)
+
+def test_another_encoder_is_refused(counter):
+    with pytest.raises(S.WeightsError, match='expected'): S.start_encoder(S.unet('resnet18', False, size=(64, 64)), counter()[0])
+
+def test_average_follows_the_weights_and_judges_with_itself():
+    class Learn: model = nn.Linear(2, 1)
+    a, values = S.Average(.8), []
+    a.learn = Learn()
+    a.before_fit()
+    slow = Learn.model.weight.detach().clone()
+    for i in range(20):
+        nn.init.constant_(Learn.model.weight, i)
+        a.after_step()
+        d = min(.8, (2 + i)/(11 + i))
+        slow = d*slow + (1 - d)*i
+    a.before_validate()
+    values.append(Learn.model.weight.detach().clone())
+    a.after_validate()
+    assert torch.allclose(values[0], slow, rtol=1e-5) and (Learn.model.weight == 19).all()
+
 # runs
 R = dict(epochs=3, per_item=2, size=64, bs=4, lr=1e-3, frozen=1, last_cross=False, weight=[1., 2.], patience=None)
 
-def test_killed_and_resumed_equals_undisturbed(scenes, tmp_path):
+@pytest.mark.parametrize('more', [{}, dict(average=.9, made=(1, 3), share=.2)], ids=['plain', 'averaged'])
+def test_killed_and_resumed_equals_undisturbed(scenes, tmp_path, counter, more):
+    R, start = globals()['R'] | more, counter()[0] if more else None
     class Killed(Exception): pass
     def cut(epochs, what):
         for e in epochs:
             if e == 1: raise Killed
             yield e
-    whole = S.train_segmentation(scenes, tmp_path/'a', R)
-    with pytest.raises(Killed): S.train_segmentation(scenes, tmp_path/'b', R, progress=cut)
-    with pytest.raises(DataError, match='lr'): S.train_segmentation(scenes, tmp_path/'b', dict(R, lr=.5), resume=True)
-    again = S.train_segmentation(scenes, tmp_path/'b', R, resume=True)
+    whole = S.train_segmentation(scenes, tmp_path/'a', R, start=start)
+    with pytest.raises(Killed): S.train_segmentation(scenes, tmp_path/'b', R, start=start, progress=cut)
+    with pytest.raises(DataError, match='lr'): S.train_segmentation(scenes, tmp_path/'b', dict(R, lr=.5), start=start, resume=True)
+    again = S.train_segmentation(scenes, tmp_path/'b', R, start=start, resume=True)
     a, b = [S.load_weights(tmp_path/k/'model.safetensors')[0] for k in 'ab']
     for k in a: assert torch.allclose(a[k].float(), b[k].float(), rtol=1e-2, atol=1e-3), k
     assert whole['threshold'] == pytest.approx(again['threshold'], abs=.02) and whole['best_epoch'] == again['best_epoch']
     assert {'model.safetensors', 'model.onnx', 'history.csv', 'checkpoint.pth', 'curves.png'} <= {p.name for p in (tmp_path/'a').iterdir()}
     assert whole['task'] == 'segmentation' and whole['share'].keys() == {'slope', 'intercept'} and json.dumps(whole)
     torch.load(tmp_path/'a'/'checkpoint.pth', weights_only=True)
+    if more:
+        assert whole['start']['task'] == 'counting'
+        with pytest.raises(DataError, match='start'): S.train_segmentation(scenes, tmp_path/'b', R, resume=True)
+
+def test_processes_that_cut_change_nothing(scenes, tmp_path):
+    cards = [S.train_segmentation(scenes, tmp_path/str(n), dict(R, epochs=1, made=(1, 2), share=.2), workers=n) for n in (0, 2)]
+    assert cards[0]['figures'] == cards[1]['figures']
 
 def test_early_stopping_keeps_the_best(scenes, tmp_path):
     run = S.Run(tmp_path, dict(seed=0), 'valid_loss')
