@@ -158,6 +158,33 @@ def test_providers_are_never_replaced_in_silence(folder, model):
     assert load(folder/'toy.onnx', providers='cpu').session.get_providers() == ['CPUExecutionProvider']
     assert load(folder/'toy.onnx', threads=2).session.get_session_options().intra_op_num_threads == 2
 
+class FakeRuntime:
+    "ONNX Runtime of a machine with other providers; those in `broken` are listed and do not start, as CUDA without its libraries"
+    def __init__(self, monkeypatch, available, broken=()):
+        import onnxruntime
+        real, self.asked = onnxruntime.InferenceSession, []
+        class Session:
+            def __init__(this, path, options, providers):
+                self.asked.append(providers)
+                this.real, this.started = real(path, options, providers=['CPUExecutionProvider']), [p for p in providers if p not in broken]
+            def get_providers(this): return this.started if 'CPUExecutionProvider' in this.started else [*this.started, 'CPUExecutionProvider']
+            def __getattr__(this, name): return getattr(this.real, name)
+        monkeypatch.setattr(onnxruntime, 'InferenceSession', Session)
+        monkeypatch.setattr(onnxruntime, 'get_available_providers', lambda: list(available))
+
+ALL = 'CUDAExecutionProvider', 'OpenVINOExecutionProvider', 'CPUExecutionProvider'
+
+@pytest.mark.parametrize('providers,asked', [(None, ALL[2:]), ('cuda', ALL[:1]), (['openvino', 'cpu'], ALL[1:]), (['CUDAExecutionProvider', 'cpu'], ALL[::2])])
+def test_providers_are_chosen_by_name_and_in_order(folder, monkeypatch, providers, asked):
+    fake = FakeRuntime(monkeypatch, ALL)
+    m = load(toy(folder/'p.onnx'), providers=providers)
+    assert fake.asked == [list(asked)] and m.session.get_providers()[0] == asked[0] and m.predict(picture(64, 64)).count >= 0
+
+@pytest.mark.parametrize('available,providers,word', [(ALL[2:], 'cuda', 'CUDA'), (ALL[2:], ['cpu', 'openvino'], 'OpenVINO'), (ALL, 'cuda', 'CUDAExecutionProvider to start')])
+def test_a_provider_that_is_missing_or_does_not_start_is_refused(folder, monkeypatch, available, providers, word):
+    FakeRuntime(monkeypatch, available, broken=ALL[:1])
+    with pytest.raises(ModelError, match=word): load(toy(folder/'p.onnx'), providers=providers)
+
 # Tiles
 sides = st.integers(1, 80).map(lambda n: 32*n)
 
@@ -352,6 +379,56 @@ def test_finer_look_only_where_it_is_crowded(tmp_path):
     half = np.ascontiguousarray(dark[::2, ::2])
     assert m.predict(half).scale == 2 # no more than `most`
 
+def test_a_peek_decides_the_only_look(tmp_path):
+    "Crowded or not, the picture goes through the network once more after the peek, and the answer is that of the scale taken"
+    path = toy(tmp_path/'a.onnx')
+    rule = dict(area=160*224, most=2., peek=dict(area=40*56, most=2.), finer=dict(crowding=.3, area=4*160*224, most=2.))
+    update_card(path, scale=rule)
+    m, looked = load(path), []
+    run = m.run
+    m.run = lambda rgb: looked.append(rgb.shape[:2]) or run(rgb)
+    pale, dark = np.full((160, 224, 3), 110, np.uint8), np.zeros((160, 224, 3), np.uint8)
+    for rgb, scale, size in ((pale, 1, (160, 224)), (dark, 2, (320, 448))):
+        looked.clear()
+        e = m.predict(rgb)
+        assert e.scale == scale and looked == [(64, 64), size]
+        assert e.count == m.predict(rgb, scale=scale).count
+    update_card(path, scale={**rule, 'peek': None})
+    assert [load(path).predict(x).scale for x in (pale, dark)] == [1, 2]
+
+def slow_rule_error(rows, looks, rule):
+    "The error of a rule picture by picture, as the oracle of the tables"
+    first, sparse, cut, dense = rule
+    parts, cost = {}, []
+    for r in rows:
+        last = looks[dense if r['crowding'][looks[first]] > cut else sparse]
+        spent = [last] if last == looks[first] else [looks[first], last]
+        cost.append(sum(min(a, m*m*r['pixels'])/1e6 for a, m in spent))
+        parts.setdefault((r['part'], r['size']), []).append((abs(r['true'] - r['counts'][last]), r['true']))
+    return np.mean([sum(a for a, _ in v)/max(sum(t for _, t in v), len(v)) for v in parts.values()]), np.mean(cost)
+
+@given(st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+def test_rule_error_is_the_slow_one(seed):
+    r = np.random.default_rng(seed)
+    looks = sorted([(75000, 2.), (600000, 1.2), (1400000, 2.)])
+    rows = [dict(part='AB'[r.integers(2)], size=int(r.integers(1, 3)), pixels=int(r.integers(10**4, 10**6)), true=float(r.integers(0, 99)),
+                 counts={v: r.uniform(0, 99) for v in looks}, crowding={v: r.random() for v in looks}) for _ in range(20)]
+    columns = inf._columns(rows, looks)
+    rules = list(inf._rules(looks, columns[3]))
+    for rule in rules: np.testing.assert_allclose(inf._rule_error(columns, rule), slow_rule_error(rows, looks, rule), rtol=1e-9)
+    best = inf.choose_scale(rows, worth=0)['error']
+    assert abs(best - min(slow_rule_error(rows, looks, x)[0] for x in rules)) < 1e-4
+    assert all(x[1] != 0 and x[3] != 0 for x in rules) # nothing is counted by a peek
+
+def test_choose_scale_peeks_where_that_is_cheaper():
+    "Dense pictures need the fine look; a peek tells them, and costs less than a whole first look"
+    looks = (75000, 2), (600000, 2), (1400000, 2)
+    rows = [dict(part='A', size=1, pixels=10**6, true=float(t), counts={v: t*(1 if v[0] == (1400000 if t > 200 else 600000) else .5) for v in looks},
+                 crowding=dict.fromkeys(looks, t/500)) for t in range(5, 400, 5)]
+    rule = inf.choose_scale(rows)
+    assert (rule['peek'], rule['area'], rule['finer']['area']) == (dict(area=75000, most=2), 600000, 1400000) and rule['error'] < .05
+
 class Thing:
     "An item of a data set"
     part = 'A'
@@ -373,6 +450,24 @@ def test_settle_writes_all_files(tmp_path):
         assert m.card['interval'] == json.loads(json.dumps(said['interval'])) and m.card['scale']['area'] == said['scale']['area']
     e = load(tmp_path).predict(Thing(99).rgb())
     assert e.low <= e.count <= e.high and e.unlike > 0
+    loss = load(tmp_path, int8=True).card['int8']
+    off = {k: np.mean([abs(load(tmp_path, int8=k == 'int8').predict(Thing(s).rgb()).count - Thing(s).count()) for s in range(8)]) for k in ('float', 'int8')}
+    assert loss == said['int8'] if loss['default'] else said['int8'] is None
+    assert loss['tune']['A'] == dict(n=8, mae_float=round(off['float'], 3), mae_int8=round(off['int8'], 3))
+    assert (load(tmp_path).card.get('bits') == 8) == loss['default'] == (off['int8'] <= 1.02*off['float'])
+
+@pytest.mark.parametrize('worse,default', [(1., True), (1.5, False)])
+def test_int8_is_the_default_only_if_little_is_lost(tmp_path, monkeypatch, worse, default):
+    class Fake:
+        def __init__(self, int8): self.off = worse if int8 else 1.
+        def predict(self, rgb): return Estimate(count=float(rgb[0, 0, 0]) + 10*self.off)
+    monkeypatch.setattr(inf, 'load', lambda path, threads, int8: Fake(int8))
+    class Item:
+        def __init__(self, n, part): self.n, self.part = n, part
+        def rgb(self): return np.full((32, 32, 3), self.n, np.uint8)
+        def count(self): return self.n
+    loss = inf.int8_loss('any', [Item(n, p) for n in (20, 40) for p in 'AB'])
+    assert loss == dict(default=default, tune={p: dict(n=2, mae_float=10., mae_int8=10*worse) for p in 'AB'})
 
 def test_coverage_counts():
     from scipy.stats import binomtest
