@@ -101,12 +101,13 @@ def _to_rgb(im, path):
     else: return _rgb_by_strips(im)
     return np.repeat(a.astype(np.uint8)[..., None], 3, axis=2)
 
-def _rgb_by_strips(im, rows=512):
-    "8-bit RGB in strips: PIL holds 4 bytes a pixel, and a converted copy would be as large again"
-    a = np.empty((im.height, im.width, 3), np.uint8)
+def _rgb_by_strips(im, rows=None):
+    "8-bit RGB in strips of a megapixel: PIL holds 4 bytes a pixel, and a converted copy would be as large again"
+    a, rows = np.empty((im.height, im.width, 3), np.uint8), rows or max(64, 2**20//im.width)
     for y in range(0, im.height, rows):
-        box = 0, y, im.width, min(y + rows, im.height)
-        a[y:box[3]] = np.asarray(im.crop(box).convert('RGB'))
+        bottom = min(y + rows, im.height)
+        strip = im if rows >= im.height else im.crop((0, y, im.width, bottom))
+        a[y:bottom] = strip if strip.mode == 'RGB' else strip.convert('RGB')
     return a
 
 # %% ../nbs/00_data.ipynb #00-data-022
