@@ -815,7 +815,7 @@ def judge(model,        # a `CountingModel`
 RECIPES = dict(
     trial=dict(judged=12, final=0, size=256, bs=8, alpha=.05, lr=(3e-4, 1e-3), decay=.99, frozen=4, made=(80, 120), compiled=False),
     quick=dict(judged=38, final=0, size=256, bs=8, alpha=.05, lr=(3e-4, 1e-3), decay=.998, frozen=4, made=(80, 120), compiled=True),
-    release=dict(judged=50, final=40, size=384, bs=32, per_item=24, alpha=.05, loss='blocks', lr=(3e-4, 1e-3), decay=.999, frozen=0, made=(160, 240), compiled=True))
+    release=dict(judged=31, final=16, size=384, bs=32, per_item=24, alpha=.05, loss='blocks', lr=(3e-4, 1e-3), decay=.999, frozen=0, made=(160, 240), compiled=False))
 
 def flat_cos(lr,       # (encoder, head) rates
              start=.75 # share of the run before the rate falls

@@ -2,10 +2,12 @@
 import json, math, signal, subprocess, sys
 
 import numpy as np, pytest, torch
+from fastai.data.core import DataLoaders
 from hypothesis import given, settings, strategies as st
 
-from crowd_density.counting import (Atlas, BlockLoss, CountingModel, CropLoader, RECIPES, add_scenes, cut, cut_outs, density_of,
-    fine_tune, fit_gain, fit_phase, flat_cos, mixed, n_parameters, negative_binomial, targets, train_counting)
+from crowd_density.counting import (HEADS, LOSSES, Atlas, Average, Bank, BayesianLoss, BinLoss, BlockLoss, Captured, CountingModel, CropLoader, FixedCrops,
+    InflatedLoss, Minutes, Places, RECIPES, TransportLoss, add_scenes, counting_learner, cut, cut_outs, density_of, fine_tune, fit_gain, fit_phase, flat_cos,
+    kind_shares, mixed, n_parameters, near, negative_binomial, plain_copy, targets, train_counting)
 from crowd_density.data import DataError, open_data
 from crowd_density.segmentation import load_weights
 from crowd_density.synthetic import scene, write_dataset
@@ -183,3 +185,118 @@ def test_the_shipped_splits_are_used(real_data):
     data = open_data(real_data)
     n = [len(split_of(data, s)) for s in ('train', 'tune', 'valid')]
     assert sum(n) == 700 and 400 <= n[0] <= 480
+
+@pytest.fixture(scope='module')
+def bank(atlas): return Bank(atlas, bs=16, size=64)
+
+@given(st.integers(0, 8), st.floats(.3, 3), st.floats(0, 1), st.floats(0, 1))
+@settings(max_examples=40)
+def test_a_bank_counts_and_cuts_like_cut(atlas, bank, i, scale, a, b):
+    h, w = atlas.rgbs[i].shape[1:]
+    side = min(round(64/scale), h, w)
+    y0, x0 = (int(o*(n - side + .999)) for o, n in ((a, h), (b, w)))
+    x, p = cut(atlas.rgbs[i], atlas.points[i], 64, 64/side, (a, b))
+    place = [torch.tensor([o]) for o in (i, float(side), float(y0), float(x0), False)]
+    assert abs(bank.people(*place).sum() - len(p)) <= 1 # a head on the very border may fall either way when it is rounded
+    assert (bank.crops(*place)[0] - x).abs().mean() < .06
+    mirrored = bank.crops(*place[:-1], torch.tensor([True]))
+    assert torch.allclose(mirrored.flip(3), bank.crops(*place), atol=1e-5)
+
+def test_a_bank_draws_by_the_shares(atlas, bank):
+    kinds = np.array(atlas.kinds)
+    share = kind_shares(kinds, .15, .3)
+    assert abs(share.sum() - 1) < 1e-9 and abs(share[kinds == 'empty'].sum() - .15*.7) < 1e-9
+    torch.manual_seed(0)
+    seen = torch.searchsorted(bank.upto, torch.rand(20000)).bincount(minlength=len(kinds))/20000
+    assert np.abs(seen.numpy() - share).max() < .02
+
+def test_batches_of_a_bank(atlas, bank):
+    torch.manual_seed(1)
+    for _ in range(4):
+        x, y = bank.draw()
+        assert x.shape == (16, 3, 64, 64) and y.shape == (16, 1, 8, 8) and torch.isfinite(x).all() and (y >= 0).all()
+        assert x.min() >= -1.001 and x.max() <= 1.001
+
+def test_nobody_under_a_cover_of_a_bank(atlas, bank):
+    place = [torch.tensor([o]) for o in (0, 64., 100., 100., False)]
+    all_covered = torch.tensor([[0., 0., 64., 64.]])
+    assert bank.people(*place, all_covered).sum() == 0
+    half = torch.tensor([[0., 0., 64., 32.]])
+    assert (bank.people(*place, half) == bank.people(*place)*(torch.arange(8) >= 4)).all()
+
+def test_zero_inflation_against_scipy():
+    from scipy.stats import poisson
+    raw, y = torch.randn(2, 2, 8, 8, dtype=torch.float64), torch.randint(0, 3, (2, 1, 8, 8)).double()
+    lam, there = torch.nn.functional.softplus(raw[:, :1]), torch.sigmoid(raw[:, 1:])
+    p = (1 - there)*(y == 0) + there*torch.tensor(poisson.pmf(y, lam))
+    pred = torch.cat([HEADS['inflated'][1](raw), raw], 1)
+    cells = InflatedLoss()(pred, y) - BlockLoss(blocks=(2, 4, 8))(pred[:, :1], y)
+    assert torch.allclose(cells, -torch.log(p).sum()/2*.02)
+
+def test_bins_want_the_nearest_count():
+    y = torch.tensor([0., 1., 2., 3., 4.5, 9.]).view(1, 1, 2, 3).repeat(1, 1, 4, 2)[..., :4]
+    raw = torch.zeros(1, 5, 8, 4, requires_grad=True)
+    pred = torch.cat([HEADS['bins'][1](raw), raw], 1)
+    loss = torch.nn.functional.cross_entropy(raw, torch.tensor([0, 1, 2, 3, 4, 4]).view(1, 2, 3).repeat(1, 4, 2)[..., :4], reduction='sum')*.02
+    assert torch.allclose(BinLoss(blocks=(1,))(pred, y) - BlockLoss(blocks=())(pred[:, :1], y), loss)
+
+def test_bayesian_loss_against_loops():
+    pred, y = torch.rand(1, 1, 6, 6), (torch.rand(1, 1, 6, 6) > .8).float()
+    g = near(6, 2., pred)
+    heads, lost = y[0, 0].nonzero().tolist(), 0.
+    around = lambda r, c: sum(g[r, a]*g[c, b] for a, b in heads) + 1e-3
+    for a, b in heads: lost += abs(1 - sum(pred[0, 0, r, c]*g[r, a]*g[c, b]/around(r, c) for r in range(6) for c in range(6)))
+    lost += sum(pred[0, 0, r, c]*1e-3/around(r, c) for r in range(6) for c in range(6))
+    assert torch.allclose(BayesianLoss()(pred, y), torch.as_tensor(lost)*.02, rtol=1e-3)
+
+def test_transport_pulls_towards_the_heads():
+    y = torch.zeros(1, 1, 8, 8)
+    y[..., 2, 2] = 4
+    slopes = []
+    for c in (2, 3, 6):
+        pred = torch.full((1, 1, 8, 8), 1e-3)
+        pred[..., 2, c] += 4 - 64e-3
+        pred.requires_grad_()
+        TransportLoss()(pred, y).backward()
+        slopes.append((pred.grad[0, 0, 2, c] - pred.grad[0, 0, 2, 2]).item())
+    assert slopes[0] == 0 and 0 < slopes[1] < slopes[2]
+
+@pytest.mark.parametrize('loss', LOSSES)
+def test_every_loss_trains(atlas, tmp_path, loss):
+    m = fit_phase(tmp_path, atlas, atlas, 1, {**TINY, 'loss': loss})
+    assert density_of(m, np.zeros((64, 64, 3), np.uint8)).shape == (8, 8)
+
+def test_the_recorded_step_learns_what_the_ordinary_one_learns(atlas, bank):
+    "The same crops, the same rate: `Captured` (unrecorded) and fastai's own step end at the same weights"
+    torch.manual_seed(0)
+    start, batches = CountingModel(pretrained=False), [bank.draw() for _ in range(4)]
+    class Given:
+        bs, size, device = bank.bs, bank.size, bank.device
+        def __init__(self): self.left = iter(batches)
+        def draw(self): return next(self.left)
+    class Batches(Places):
+        def create_batches(self, samps): yield from batches
+    ends = []
+    for own in (True, False):
+        model, given, average = plain_copy(start).requires_grad_(True), Given(), Average(.9)
+        train = Places(given, 4*given.bs, 2) if own else Batches(given, 4*given.bs, 1)
+        learn = counting_learner(DataLoaders(train, FixedCrops(atlas, 8, 64)), model)
+        average.model = plain_copy(model)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=[average] + own*[Captured(given, average, compiled=False, times=2)])
+        ends.append([*learn.model.parameters(), *average.model.state_dict().values()])
+        assert average.n == 4
+    for a, b in zip(*ends): assert torch.allclose(a.float(), b.float(), atol=1e-5, rtol=1e-4)
+
+def test_minutes_must_be_some():
+    with pytest.raises(ValueError, match='minutes'): Minutes(0)
+
+def test_a_run_by_the_clock(folder, tmp_path):
+    card = train_counting(folder, tmp_path, {**TINY, 'judged': 1, 'final': 1}, minutes=2/60)
+    assert card['history'] and (tmp_path/'model.onnx').exists()
+
+def test_weights_are_kept_where_onnx_cannot_be_written(trained, tmp_path, monkeypatch):
+    import crowd_density.counting as c
+    def fails(*args, **kwargs): raise RuntimeError('no exporter')
+    monkeypatch.setattr(c, 'export_onnx', fails)
+    with pytest.warns(UserWarning, match='no ONNX copy'): c.save_counting(CountingModel(pretrained=False), tmp_path, {'task': 'counting'})
+    assert (tmp_path/'model.safetensors').exists()
