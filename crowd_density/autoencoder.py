@@ -7,7 +7,7 @@ __all__ = ['ConvAutoencoder', 'enlarged', 'HeatSquares', 'HeatScore', 'autoencod
            'split_pairs', 'heat_map', 'heat_scores', 'train_autoencoder']
 
 # %% ../nbs/03_autoencoder.ipynb #03-autoencod-003
-import cv2, numpy as np, torch
+import numpy as np, torch
 from functools import partial
 from pathlib import Path
 
@@ -17,17 +17,21 @@ from fastai.learner import Learner, Metric
 from fastai.optimizer import OptimWrapper
 from torch import nn
 
-from .data import (EXCLUDED, CrowdData, DataError, Item, _official_heads, grouped_split, inside, read_rgb, shipped_split,
-                                split_of, training_items)
+from .data import (EXCLUDED, CrowdData, DataError, Item, _official_heads, grouped_split, inside, load_cv2, read_rgb,
+                                shipped_split, split_of, training_items)
 from .evaluation import HeatmapScores
 from .preprocessing import get_heatmap, heatmap, read_pairs
 from .segmentation import (LITE_STATS, Average, Fast, Run, export_onnx, fast, make_card, open_items, readable, relight,
                                         run_epochs, save_weights)
 
+# %% ../nbs/03_autoencoder.ipynb #03-autoencod-n00
+cv2 = load_cv2()
+
 # %% ../nbs/03_autoencoder.ipynb #03-autoencod-008
 class ConvAutoencoder(nn.Module):
     "The report's network: picture (b, 3, h, w), normalised, to heat (b, 1, h, w); sides divisible by 8"
-    def __init__(self, drop=.02 # part of the activations that training blanks out
+    def __init__(self, drop=.02, # part of the activations that training blanks out
+                 unit=10. # heat that the last layer's 1 stands for
                 ):
         super().__init__()
         def down(ni, nf): return [nn.Conv2d(ni, nf, 4, padding='same'), nn.LeakyReLU(.1), nn.MaxPool2d(2), nn.Dropout(drop)]
@@ -38,7 +42,7 @@ class ConvAutoencoder(nn.Module):
             if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)): nn.init.kaiming_normal_(m.weight, .1)
         nn.init.normal_(self.decoder[-2].weight, std=.01)
         nn.init.constant_(self.decoder[-2].bias, -3.)
-        self.unit = 10.
+        self.unit = unit
 
     def forward(self, x):
         if x.shape[-1] % 8 or x.shape[-2] % 8: raise ValueError(f'expected sides divisible by 8, found {tuple(x.shape[-2:])}')
@@ -213,5 +217,5 @@ def train_autoencoder(data, # folder of a data set or one that `prepare` wrote, 
     run = Run(out, dict(r, seed=seed, n=len(train)), 'mspe')
     run_epochs(learn, run, epochs, [lr], resume=resume, progress=progress)
     card = make_card('autoencoder', data, r, seed, official, architecture='ConvAutoencoder', encoder=None, mean=LITE_STATS[0], std=LITE_STATS[1], stride=1, multiple=8,
-                     size=size, classes=None, epochs=len(run.rows), best_epoch=run.best_epoch, n_train=len(train))
+                     size=size, unit=learn.model.unit, classes=None, epochs=len(run.rows), best_epoch=run.best_epoch, n_train=len(train))
     return _finish(learn, out, card, size)

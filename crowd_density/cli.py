@@ -48,9 +48,7 @@ _LEARN = ('torch', 'torchvision', 'fastai', 'timm', 'efficientnet_lite0_pytorch_
 def explain(e)->str: # one line, or '' where it is a bug
     "What a user can do about the exception `e`"
     if isinstance(e, ImportError):
-        if 'cv2' in str(e.name) or '.so' in str(e) and any(o in str(e) for o in ('libGL', 'libglib', 'libgthread')):
-            return (f'OpenCV cannot start ({e}). On Debian and Ubuntu: apt-get install libgl1 libglib2.0-0; '
-                'or, without windows: pip uninstall -y opencv-python && pip install opencv-python-headless')
+        if e.name == 'cv2': return str(e) # `load_cv2` has said what to install
         if str(e.name).split('.')[0] in _LEARN: return f'this verb needs {e.name}, which is not installed: pip install {e.name}'
         return ''
     if isinstance(e, OSError): return f'{e.filename}: {e.strerror}' if e.filename and e.strerror else str(e)

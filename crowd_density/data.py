@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'FILE_COLUMNS', 'HEAD_NAMES', 'POINT_READERS', 'TOLERANT', 'LAYOUTS', 'THUMBNAIL', 'CORRELATION',
            'FAST', 'THOROUGH', 'MAX_PAIRS', 'SPLITS', 'EXCLUDED', 'UNUSABLE', 'DataError', 'atomic', 'is_image',
-           'read_rgb', 'image_size', 'read_points', 'inside', 'points_from_marks', 'Item', 'CrowdData', 'open_data',
-           'look_alikes', 'grouped_split', 'write_split', 'read_split', 'shipped_split', 'split_of', 'excluded',
-           'training_items', 'Problem', 'check']
+           'read_rgb', 'image_size', 'load_cv2', 'read_points', 'inside', 'points_from_marks', 'Item', 'CrowdData',
+           'open_data', 'look_alikes', 'grouped_split', 'write_split', 'read_split', 'shipped_split', 'split_of',
+           'excluded', 'training_items', 'Problem', 'check']
 
 # %% ../nbs/00_data.ipynb #00-data-004
 import csv, io, json, os, re, tempfile, unicodedata, warnings
@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from PIL import Image
@@ -128,13 +129,13 @@ def image_size(path # the picture
     with _opened(path) as im: return im.height, im.width
 
 # %% ../nbs/00_data.ipynb #00-data-034
-def _cv2():
+def load_cv2()->ModuleType:
     "OpenCV; where it cannot load, an `ImportError` that says how to get it"
     try: import cv2
     except ImportError as e:
         raise ImportError(f'OpenCV does not load ({e}). Its wheel opencv-python needs the Debian packages libgl1 and '
                           'libglib2.0-0 (apt-get install libgl1 libglib2.0-0); or replace it by one that does not: '
-                          'pip uninstall opencv-python && pip install opencv-python-headless') from e
+                          'pip uninstall opencv-python && pip install opencv-python-headless', name='cv2') from e
     return cv2
 
 # %% ../nbs/00_data.ipynb #00-data-037
@@ -395,7 +396,7 @@ def points_from_marks(marked,     # the picture with a mark on each head: a file
     if a.shape != b.shape: raise DataError(name, f'(h, w, 3) as the original, {b.shape}', f'{a.shape}')
     d = np.abs(a.astype(np.int16) - b).max(2)
     level = _mark_level(d) if level is None else level
-    _, _, stats, centres = _cv2().connectedComponentsWithStats((d > level).astype(np.uint8), connectivity=8)
+    _, _, stats, centres = load_cv2().connectedComponentsWithStats((d > level).astype(np.uint8), connectivity=8)
     area = stats[1:, 4]
     usual = np.median(area[area >= min_area]) if (area >= min_area).any() else 0
     return centres[1:][area >= max(min_area, usual / 4)].astype(np.float32)
@@ -716,7 +717,7 @@ def _grey(path, side):
 # %% ../nbs/00_data.ipynb #00-data-110
 def _correlations(greys, side=THUMBNAIL):
     "(n, n) correlation of all thumbnails, plain or mirrored, the higher; NaN for pictures that are None"
-    cv2 = _cv2()
+    cv2 = load_cv2()
     t = np.full((len(greys), side, side), np.nan, np.float32)
     for i, g in enumerate(greys):
         if g is not None: t[i] = cv2.resize(g, (side, side), interpolation=cv2.INTER_AREA)
@@ -729,7 +730,7 @@ def _correlations(greys, side=THUMBNAIL):
 def _features(grey, n):
     "Positions (m, 2) and root-SIFT descriptors (m, 128) of the `n` strongest features"
     if grey is None: return np.zeros((0, 2), np.float32), np.zeros((0, 128), np.float32)
-    points, d = _cv2().SIFT_create(nfeatures=n, contrastThreshold=.02).detectAndCompute(grey, None)
+    points, d = load_cv2().SIFT_create(nfeatures=n, contrastThreshold=.02).detectAndCompute(grey, None)
     d = np.zeros((0, 128), np.float32) if d is None else np.sqrt(d / np.maximum(d.sum(1, keepdims=True), 1e-9))
     return np.float32([p.pt for p in points]).reshape(-1, 2)[:n], d[:n].astype(np.float32)
 
@@ -746,7 +747,7 @@ def _agreeing(a, b, tolerance):
     s[rows, best] = first
     good = good[s[:, best[good]].max(0) <= first[good] + 1e-7]
     if len(good) < 8: return 0
-    cv2 = _cv2()
+    cv2 = load_cv2()
     _, agree = cv2.findHomography(p[good], q[best[good]], cv2.RANSAC, tolerance)
     return 0 if agree is None else int(agree.sum())
 
@@ -963,7 +964,7 @@ def _item_problems(item):
     if item.fault: return [Problem(item.image, 'ambiguous name', item.fault)], None
     try: rgb = item.rgb()
     except DataError as e: return [Problem(item.image, UNUSABLE[0], _said(e)), *_point_problems(item, None)], None
-    small = _cv2().resize(rgb.mean(2), (64, 64), interpolation=_cv2().INTER_AREA)
+    small = load_cv2().resize(rgb.mean(2), (64, 64), interpolation=load_cv2().INTER_AREA)
     return _point_problems(item, rgb.shape[:2]), small.astype(np.float32)
 
 # %% ../nbs/00_data.ipynb #00-data-143

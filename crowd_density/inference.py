@@ -17,13 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .data import DataError, atomic, read_rgb
+from .data import DataError, atomic, load_cv2, read_rgb
 
 # %% ../nbs/07_inference.ipynb #07-inference-006
 try: import cv2
-except ImportError as e:
-    raise ImportError(f'{e}. OpenCV needs system libraries that slim images lack: `apt-get install libgl1 libglib2.0-0`, '
-                      'or install `opencv-python-headless` instead of `opencv-python`') from e
+except ImportError: load_cv2() # says what to install
 
 # %% ../nbs/07_inference.ipynb #07-inference-008
 class ModelError(DataError):
@@ -455,12 +453,13 @@ def _columns(rows, looks):
             table(lambda r, v: r['counts'][v]), table(lambda r, v: r['crowding'][v]), table(lambda r, v: min(v[0], v[1]**2*r['pixels'])/1e6))
 
 def _rules(looks, crowding, small=250000):
-    "All rules `(first, sparse, cut, dense)`, by the looks' numbers; what is only peeked at has at most `small` pixels"
-    whole = [i for i, v in enumerate(looks) if v[0] > small] or list(range(len(looks)))
+    "All rules `(first, sparse, cut, dense)`, by the looks' numbers; a peek has at most `small` pixels, and without one the first look is whole"
+    peeks, whole = ([i for i, v in enumerate(looks) if (v[0] <= small) == p] for p in (True, False))
+    whole = whole or peeks
     for i in whole: yield i, i, np.inf, i
-    for first in range(len(looks)):
-        cuts = np.quantile(crowding[:, first], (.2, .3, .4, .5, .6, .7, .8, .9))
-        for sparse in ([first] if first in whole else whole):
+    for sparse in whole:
+        for first in (peeks if peeks != whole and peeks else [sparse]):
+            cuts = np.quantile(crowding[:, first], (.2, .3, .4, .5, .6, .7, .8, .9))
             for dense in (k for k in whole if looks[k][0] > looks[sparse][0]):
                 for cut in cuts: yield first, sparse, float(cut), dense
 
@@ -488,12 +487,12 @@ def choose_scale(rows, # dicts: `part`, `size`, `pixels`, `true`, and by look `c
     return dict(look(sparse), peek=look(first) if first != sparse else None, finer=dict(look(dense), crowding=round(cut, 4)) if dense != sparse else None,
                 error=round(float(error), 4), megapixels=round(float(mp), 3), n=len(rows))
 
-LOOKS = (100000, 2.), (200000, 2.), (450000, 2.), (600000, 2.), (1000000, 2.), (1400000, 2.) # `(area, most)` that `fit_scale` tries
+LOOKS = (100000, 2.), (450000, 2.), (600000, 2.), (1000000, 2.), (1300000, 2.) # `(area, most)` that `fit_scale` tries
 
 def fit_scale(model, # counting model
               items, # of `tune`: with `part`, `rgb()` and `count()`
               looks=LOOKS, # `(area in pixels, largest enlargement)`
-              sizes=(.5, 1, 2), # at which the pictures arrive
+              sizes=(.5, 1), # at which the pictures arrive; those that arrive larger are reduced
               progress=None
              )->dict: # for the card's `scale`
     "Measure what looking at different scales gives, and choose"
@@ -911,7 +910,7 @@ def settle(path, # model, run folder
            items, # of `tune`: with `part`, `rgb()` and `count()`
            int8=None, # as in `load`; if None and a copy is there, its loss decides what is the default
            looks=LOOKS, # for the scale
-           every=2, # the scale is measured on each `every`-th item, at three sizes
+           every=1, # the scale is measured on each `every`-th item
            threads=None, progress=None
           )->dict: # what the cards now say besides
     "Fit scale and interval on `tune` and write them into all files of a model"

@@ -19,13 +19,11 @@ from PIL import Image
 from scipy.sparse import csr_array
 from scipy.spatial import cKDTree
 
-from .data import DataError, inside, open_data
+from .data import DataError, inside, load_cv2, open_data
 
 # %% ../nbs/02_preprocessing.ipynb #02-preproces-007
 try: import cv2
-except ImportError as e:
-    raise ImportError(f'{e}. OpenCV needs system libraries that slim images lack: `apt-get install libgl1 '
-                      'libglib2.0-0`, or install `opencv-python-headless` instead of `opencv-python`') from e
+except ImportError: load_cv2() # says what to install
 
 # %% ../nbs/02_preprocessing.ipynb #02-preproces-011
 def count_grid(points_xy, # (n, 2) head positions `(x, y)`, pixels

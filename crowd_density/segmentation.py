@@ -12,7 +12,7 @@ __all__ = ['LITE_STATS', 'IMAGENET_STATS', 'MADE', 'RESEARCH', 'RECIPES', 'Weigh
            'finish_segmentation', 'train_segmentation', 'load_segmentation']
 
 # %% ../nbs/04_segmentation.ipynb #04-segmentat-003
-import cv2, numpy as np, safetensors.torch, timm, torch, torchvision
+import numpy as np, safetensors.torch, timm, torch, torchvision
 import csv, datetime, hashlib, importlib, inspect, json, math, os, platform, struct, warnings
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -29,10 +29,14 @@ from fastai.vision.models.unet import DynamicUnet, UnetBlock
 from torch import nn
 from torch.nn import functional as F
 
-from .data import DataError, _is_official, atomic, inside, open_data, split_of, training_items
+from .data import DataError, _is_official, atomic, inside, load_cv2, open_data, split_of, training_items
 from .evaluation import PixelScores, calibrate_share, choose_threshold, curves, png
 from .preprocessing import mask
 from .synthetic import EMPTY_KINDS, empty_scene, scene
+
+# %% ../nbs/04_segmentation.ipynb #04-segmentat-n00
+try: import cv2
+except ImportError: load_cv2() # says what to install
 
 # %% ../nbs/04_segmentation.ipynb #04-segmentat-006
 class WeightsError(DataError):
@@ -779,7 +783,7 @@ def readable(items, # a `CrowdData`
 RECIPES = dict(
     quick=dict(epochs=4, per_item=4, size=192, bs=8, lr=1e-3, frozen=1, last_cross=True, weight=[1., 2.], patience=None),
     report=dict(epochs=20, per_item=1, size=256, bs=8, lr=1e-3, frozen=1, last_cross=True, weight=[1., 4.], patience=4, square=True),
-    release=dict(epochs=40, per_item=1, size=256, tune_size=384, bs=8, lr=1e-3, frozen=1, last_cross=False, weight=[1., 1.5], patience=None,
+    release=dict(epochs=44, per_item=1, size=256, tune_size=384, bs=8, lr=1e-3, frozen=1, last_cross=False, weight=[1., 1.5], patience=None,
                  average=.998, made=(40, 120), share=.12))
 
 # %% ../nbs/04_segmentation.ipynb #04-segmentat-101

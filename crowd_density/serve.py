@@ -20,17 +20,22 @@ from importlib.resources import files
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-import cv2, numpy as np, uvicorn
+import numpy as np, uvicorn
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, StreamingResponse
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from . import __version__
-from .data import DataError
+from .data import DataError, load_cv2
 from .watch import SourceError, decode_rgb, dumps, encode_jpeg, make_sinks, make_watcher, metrics_text, pixelated
+
+# %% ../nbs/11_serve.ipynb #11-serve-n00
+try: import cv2
+except ImportError: load_cv2() # says what to install
 
 # %% ../nbs/11_serve.ipynb #11-serve-006
 class ServeError(DataError):
@@ -548,6 +553,10 @@ def logout(desk:AtDesk, request:Request):
 # %% ../nbs/11_serve.ipynb #11-serve-061
 async def _too_long(request, e): return JSONResponse(dict(detail=f'at most {MAX_BODY/1e6:g} MB'), 413)
 
+async def _not_valid(request, e):
+    "What is wrong with a request, without what was sent: that may be bytes which are no text"
+    return JSONResponse(dict(detail=[{k: x[k] for k in ('type', 'loc', 'msg')} for x in e.errors()]), 422)
+
 def create_app(site=None, # a site file, or a `Site`
                model='counting', # name or file of weights, or an object with `predict`
                watcher=None, # in place of both
@@ -568,7 +577,7 @@ def create_app(site=None, # a site file, or a `Site`
         await run_in_threadpool(watcher.stop)
         watcher.history.close()
     app = FastAPI(title='crowd_density', version=__version__, description='People per square metre: where, how sure, and since when', lifespan=life,
-                  docs_url=None, redoc_url=None, openapi_url='/openapi.json', exception_handlers={TooLong: _too_long})
+                  docs_url=None, redoc_url=None, openapi_url='/openapi.json', exception_handlers={TooLong: _too_long, RequestValidationError: _not_valid})
     app.include_router(api)
     app.add_middleware(Guard, access=access, hosts=hosts)
     app.state.desk = Desk(watcher, access)

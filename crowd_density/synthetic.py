@@ -11,10 +11,14 @@ import csv, functools, math, random, struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import cv2, numpy as np
+import numpy as np
 from scipy.io import savemat
 
-from .data import DataError, atomic
+from .data import DataError, atomic, load_cv2
+
+# %% ../nbs/01_synthetic.ipynb #01-synthetic-n00
+try: import cv2
+except ImportError: load_cv2() # says what to install
 
 # %% ../nbs/01_synthetic.ipynb #01-synthetic-007
 @dataclass

@@ -11,7 +11,7 @@ __all__ = ['log', 'MAX_PIXELS', 'MAX_BYTES', 'OWN_CLOCK', 'Scrubbed', 'Picture',
            'stopped_by_signals', 'watch']
 
 # %% ../nbs/10_watch.ipynb #10-watch-003
-import hashlib, hmac, io, json as jsonlib, logging, math, os, random, signal, sqlite3, sys, threading, time, warnings, cv2, httpx, numpy as np
+import hashlib, hmac, io, json as jsonlib, logging, math, os, random, signal, sqlite3, sys, threading, time, warnings, httpx, numpy as np
 from base64 import b64decode, b64encode
 from collections import deque
 from contextlib import contextmanager
@@ -21,9 +21,13 @@ from urllib.parse import quote, unquote, urlsplit
 
 from PIL import Image
 
-from .data import DataError, IMAGE_SUFFIXES, atomic, is_image, read_rgb
+from .data import DataError, IMAGE_SUFFIXES, atomic, is_image, load_cv2, read_rgb
 from .ground import Reading, Site, fill_secrets, measure, read_site, scrub
 from .risk import Event, ZoneRisk, _id, iso
+
+# %% ../nbs/10_watch.ipynb #10-watch-n00
+try: import cv2
+except ImportError: load_cv2() # says what to install
 
 # %% ../nbs/10_watch.ipynb #10-watch-006
 class Scrubbed(logging.Filter):

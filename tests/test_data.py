@@ -1,7 +1,8 @@
 "Room 00: what is read, what is refused, how every layout pairs, and splits that do not leak"
-import json, subprocess, sys, threading, warnings
+import json, os, subprocess, sys, threading, warnings
 from collections import Counter, defaultdict
 from copy import copy
+from pathlib import Path
 
 import numpy as np, pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -13,6 +14,7 @@ from crowd_density.data import CrowdData, DataError, EXCLUDED, Item, LAYOUTS, at
 from crowd_density.data import inside, look_alikes, open_data, points_from_marks, read_points, read_rgb, shipped_split
 from crowd_density.data import split_of, training_items, write_split
 
+ROOT = Path(__file__).parents[1]
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 HEADS = np.float32([[10, 20.5], [63, 0], [0, 47]])
 
@@ -192,8 +194,20 @@ def test_missing_system_library_names_the_package(monkeypatch):
             if name == 'cv2': raise ImportError('libGL.so.1: cannot open shared object file: No such file or directory')
     monkeypatch.delitem(sys.modules, 'cv2', raising=False)
     monkeypatch.setattr(sys, 'meta_path', [Broken(), *sys.meta_path])
-    with pytest.raises(ImportError) as e: D._cv2()
+    with pytest.raises(ImportError) as e: D.load_cv2()
     for part in ('libGL.so.1', 'libgl1', 'libglib2.0-0', 'opencv-python-headless'): assert part in str(e.value)
+
+NEED_CV2 = 'synthetic preprocessing autoencoder segmentation counting evaluation inference watch serve report'
+
+@pytest.mark.parametrize('room', NEED_CV2.split())
+def test_every_room_says_what_a_bare_server_lacks(room, tmp_path):
+    "A plain `import crowd_density.<room>` where libGL is missing names the Debian package and the other wheel"
+    (tmp_path/'cv2.py').write_text('raise ImportError("libGL.so.1: cannot open shared object file")')
+    env = os.environ | {'PYTHONPATH': f'{tmp_path}{os.pathsep}{ROOT}'}
+    r = subprocess.run([sys.executable, '-c', f'import crowd_density.{room}'], env=env, capture_output=True, text=True)
+    last = r.stderr.strip().splitlines()[-1]
+    assert r.returncode and last.startswith('ImportError: OpenCV does not load (libGL.so.1')
+    assert 'apt-get install libgl1 libglib2.0-0' in last and 'pip install opencv-python-headless' in last
 
 def test_the_room_loads_without_opencv_and_torch():
     code = ("import sys; sys.modules.update(cv2=None, torch=None, fastai=None, timm=None, torchvision=None); "

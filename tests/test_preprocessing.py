@@ -358,14 +358,6 @@ def test_reading_what_is_not_there(photos, tmp_path):
     (tmp_path/'out/pairs.csv').write_text('file,source\na,b\n')
     with pytest.raises(DataError, match='pairs.csv'): pp.read_pairs(tmp_path/'out')
 
-def test_without_the_system_libraries_of_opencv(tmp_path):
-    "What a slim image says names the Debian package and the other wheel"
-    (tmp_path/'cv2.py').write_text('raise ImportError("libGL.so.1: cannot open shared object file")')
-    env = os.environ | {'PYTHONPATH': f'{tmp_path}{os.pathsep}{ROOT}'}
-    command = [sys.executable, '-c', 'import crowd_density.preprocessing']
-    r = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert r.returncode and 'libgl1' in r.stderr and 'opencv-python-headless' in r.stderr
-
 # ---- the real data set
 
 @pytest.mark.parametrize('part', ['A', 'B'])
