@@ -324,11 +324,11 @@ def square():
     clip = synthetic.clip(120, 8, seed=2, fps=1, size_hw=(240, 320))
     return clip, list(clip.frames()), parse_site(synthetic.site_toml(clip))
 
-def watch_square(square, change=lambda t, rgb: rgb):
+def watch_square(square, change=lambda t, rgb: rgb, model=None):
     clip, frames, site = square
     truth, told, changed = {}, [], ((f[0], change(f[0], f[1]), f[2]) for f in frames)
     script = Script((f for f in changed if f[1] is not None), truth)
-    w = Watcher(site, Oracle(truth), sources={site.cameras[0].name: script}, listeners=[lambda k, e: told.append(e)])
+    w = Watcher(site, model or Oracle(truth), sources={site.cameras[0].name: script}, listeners=[lambda k, e: told.append(e)])
     w.run()
     seconds = {id(e): watch.time.mktime(time.strptime(e['time'][:19], '%Y-%m-%dT%H:%M:%S')) - time.mktime(time.gmtime(0)) for e in told}
     return [(seconds[id(e)], e) for e in told if e['kind'] != 'reading']
@@ -342,25 +342,64 @@ def test_square_goes_critical_once_and_comes_back(square):
     assert [e for _, e in events if e['kind'] == 'level'][-1]['level'] == 'clear'
     assert 'unknown' not in {e['level'] for _, e in events}
 
-@pytest.mark.parametrize('fault', ['black', 'frozen', 'missing'])
-@pytest.mark.parametrize('start', [10, 38, 70])
-def test_square_with_twenty_blind_seconds(square, fault, start):
+def check_blind(square, fault, start, right=.9, model=None):
+    "20 s of a fault: unknown and back, and no level that the true density of the last half minute never had, `right` times"
     frozen = next(f[1] for f in square[1] if f[0] >= start)
     def change(t, rgb):
         if not start <= t < start + 20: return rgb
         return dict(black=np.zeros_like(rgb), frozen=frozen, missing=None)[fault]
-    events = watch_square(square, change)
+    events = watch_square(square, change, model)
     blind = [t for t, e in events if e['level'] == 'unknown']
     assert blind and start <= blind[0] <= start + 7 and all(start <= t <= start + 25 for t in blind), blind
     back = [t for t, e in events if e['level'] != 'unknown' and t > blind[-1]]
     assert back and back[0] <= start + 32
     assert len([1 for _, e in events if (e['kind'], e['level']) == ('level', 'critical')]) <= 1 + (start == 38)
     truth = {round(t): square[0].density(t) for t in range(120)}
-    for t, e in events: # no level that the true density of the last half minute never had
+    for t, e in events:
         if e['level'] in ('busy', 'crowded', 'critical') and e['kind'] == 'level':
             enter = dict(busy=2, crowded=4, critical=5)[e['level']]
-            assert max(truth[max(0, min(119, round(t) - k))] for k in range(31)) >= .9*enter, (t, e)
+            assert max(truth[max(0, min(119, round(t) - k))] for k in range(31)) >= right*enter, (t, e)
     assert [e for _, e in events][-1]['level'] == 'clear'
+    return dict(unknown=blind[0] - start, back=back[0] - start - 20)
+
+@pytest.mark.parametrize('fault', ['black', 'frozen', 'missing'])
+@pytest.mark.parametrize('start', [10, 38, 70])
+def test_square_with_twenty_blind_seconds(square, fault, start): check_blind(square, fault, start)
+
+# the same with the weights that ship in place of true heads: errors of 20 % are theirs to make, false levels are not
+
+class Remembered:
+    "A model that looks at each picture once"
+    def __init__(self, model): self.model, self.seen = model, {}
+    def predict(self, rgb):
+        key = hash(rgb.tobytes())
+        if key not in self.seen: self.seen[key] = self.model.predict(rgb)
+        return self.seen[key]
+
+@pytest.fixture(scope='module')
+def shipped():
+    from crowd_density.inference import ModelError, load
+    try: return Remembered(load('counting'))
+    except ModelError as e: pytest.skip(f'no weights of the counting model: {e}')
+
+@pytest.fixture(scope='module', params=[1, 2, 3])
+def seen_square(request):
+    clip = synthetic.clip(120, 8, seed=request.param, fps=1)
+    return clip, list(clip.frames()), parse_site(synthetic.site_toml(clip))
+
+@pytest.mark.slow
+def test_shipped_weights_see_the_square_go_critical_once(seen_square, shipped):
+    events, true = watch_square(seen_square, model=shipped), crossing(seen_square[0])
+    critical = [t for t, e in events if (e['kind'], e['level']) == ('level', 'critical')]
+    print(f'\ntrue crossing at {true:.0f} s, critical at {critical}')
+    assert len(critical) == 1 and abs(critical[0] - true) <= 15, (critical, true)
+    assert [e for _, e in events if e['kind'] == 'level'][-1]['level'] == 'clear' and 'unknown' not in {e['level'] for _, e in events}
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fault', ['black', 'frozen', 'missing'])
+@pytest.mark.parametrize('start', [10, 38, 70])
+def test_shipped_weights_with_twenty_blind_seconds(seen_square, shipped, fault, start):
+    print(f'\n{fault} from {start} s: {check_blind(seen_square, fault, start, .8, shipped)}')
 
 def test_own_clock_gives_the_same_events_again(square):
     a, b = watch_square(square), watch_square(square)
