@@ -473,14 +473,15 @@ def _rule_error(columns, rule):
 
 # %% ../nbs/07_inference.ipynb #07-inference-063b
 def choose_scale(rows, # dicts: `part`, `size`, `pixels`, `true`, and by look `counts` and `crowding`
-                 worth=.05 # relative gain that a further megapixel must bring
+                 worth=.005, # relative gain that a further megapixel must bring
+                 plain=.005 # relative gain that a rule of two looks must bring
                 )->dict: # for the card
     "The rule that counts best; a look is `(area, most)`"
     looks = sorted(rows[0]['counts'])
     columns = _columns(rows, looks)
     def cost(rule):
         error, mp = _rule_error(columns, rule)
-        return error*(1 + worth*mp)
+        return error*(1 + worth*mp + plain*(rule[1] != rule[3]))
     rule = min(_rules(looks, columns[3]), key=cost)
     (error, mp), (first, sparse, cut, dense) = _rule_error(columns, rule), rule
     def look(i): return dict(area=looks[i][0], most=looks[i][1])
@@ -528,7 +529,7 @@ def _session(path, threads=None, providers=None):
 # %% ../nbs/07_inference.ipynb #07-inference-070
 MARGIN = {'counting': 128, 'segmentation': 64} # pixels that a tile sees beyond what it is asked about
 BUDGET = {'counting': 2**20, 'segmentation': 2**19} # pixels of a tile, where a picture does not go through a model in one piece
-LARGE = 2**21 # pixels from which on a picture is reduced before it is segmented
+LARGE = 2**20 # pixels from which on a picture is reduced before it is segmented
 
 class Model:
     "A model ready to look at pictures"
@@ -882,8 +883,8 @@ def quantise(path, # ONNX file
     onnx.helper.set_model_props(proto, dict(card=json.dumps(card)))
     with atomic(out) as tmp: onnx.save(proto, str(tmp))
     if model.task == 'counting':
-        sums = [sum(tile_map(m, x)[0].sum(dtype=float) for x in rgbs) for m in (model, Model(out))]
-        update_card(out, int8_gain=round(float(np.clip(sums[0]/max(sums[1], 1e-6), .8, 1.25)), 5))
+        counts = [np.array([tile_map(m, x)[0].sum(dtype=float) for x in rgbs]) for m in (model, Model(out))]
+        update_card(out, int8_gain=round(float(np.clip(np.exp(np.log((counts[0]+1)/(counts[1]+1)).mean()), .8, 1.25)), 5))
     return out
 
 # %% ../nbs/07_inference.ipynb #07-inference-116
@@ -896,7 +897,7 @@ def files_of(path # ONNX file
 def int8_loss(path, # model, run folder
               items, # of `tune`: with `part`, `rgb()` and `count()`
               threads=None,
-              most=1.02 # times the error of full precision that 8 bits may make in every part, to be the default
+              most=1.01 # times the error of full precision that 8 bits may make, averaged over parts, to be the default
              )->dict: # for the copy's card: `default`, and by part `n`, `mae_float` and `mae_int8`
     "What counting in 8 bits costs"
     models, off = {k: load(path, threads, int8=k == 'int8') for k in ('float', 'int8')}, {}
@@ -904,7 +905,7 @@ def int8_loss(path, # model, run folder
         rgb, part = item.rgb(), off.setdefault(item.part, {k: [] for k in models})
         for k, m in models.items(): part[k].append(abs(m.predict(rgb).count - item.count()))
     tune = {part: dict(n=len(v['int8']), **{f'mae_{k}': round(float(np.mean(x)), 3) for k, x in v.items()}) for part, v in off.items()}
-    return dict(default=all(v['mae_int8'] <= most*v['mae_float'] for v in tune.values()), tune=tune)
+    return dict(default=bool(np.mean([v['mae_int8']/max(v['mae_float'], 1e-9) for v in tune.values()]) <= most), tune=tune)
 
 def settle(path, # model, run folder
            items, # of `tune`: with `part`, `rgb()` and `count()`
