@@ -7,7 +7,7 @@ __all__ = ['OFFICIAL', 'STYLE', 'GOALS', 'DEMO', 'official_sizes', 'pick', 'Answ
            'evaluate_model', 'gather', 'per_image', 'count_table', 'pixel_table', 'heat_table', 'tables', 'data_uri',
            'text', 'number', 'html_table', 'picture', 'plot', 'page', 'target_and_map', 'triptychs', 'plots',
            'write_figures', 'losses', 'verdict', 'lookalike_share', 'story', 'told', 'story_plot', 'demo', 'summary',
-           'publish', 'results_table']
+           'publish', 'results_table', 'head_size', 'traits', 'error_analysis']
 
 # %% ../nbs/12_report.ipynb #12-report-003
 import base64, html, io, json, math, time
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from scipy.spatial import cKDTree
 
 from . import data, evaluation, inference, preprocessing
 from .data import DataError, atomic, inside
@@ -562,3 +563,36 @@ def results_table(cards=None # name to card; those that ship if None
     runs = {name: (card.get('figures') or {}).get('evaluate', {}) for name, card in (_cards() if cards is None else cards).items()}
     rows = [o for name, figures in runs.items() for label, f in figures.items() for o in _lines(name, label, f)]
     return '\n'.join(head + rows)
+
+# %% ../nbs/12_report.ipynb #12-report-091
+def head_size(xy, k=3)->float: # pixels
+    "Half the median distance of a head to its `k` nearest neighbours: about its size where people stand close"
+    if len(xy) < 2: return math.nan
+    far = cKDTree(xy).query(xy, min(k + 1, len(xy)))[0][:, 1:]
+    return float(np.median(far.mean(1))/2)
+
+def traits(item)->dict: # what a picture is like
+    "Part, place, light and head size of an annotated picture"
+    rgb, xy = item.rgb(), item.points()
+    return dict(part=item.part or 'own', place=_groups([item])[0], light=float(rgb.mean()/255), head=head_size(data.inside(xy, rgb.shape[:2])))
+
+# %% ../nbs/12_report.ipynb #12-report-092
+def _terciles(values, name, unit):
+    "For each value the words for its third"
+    cuts = np.nanquantile(values, (1/3, 2/3))
+    words = (f'{name} below {cuts[0]:.3g}{unit}', f'{name} {cuts[0]:.3g} to {cuts[1]:.3g}{unit}', f'{name} above {cuts[1]:.3g}{unit}')
+    return [f'{name} unknown' if np.isnan(v) else words[int(np.searchsorted(cuts, v))] for v in values]
+
+def error_analysis(rows, # dicts of `per_image`: file, true, predicted
+                   like  # for each row what `traits` says
+                  )->dict: # group to n, mae, rmse, nae, bias
+    "Errors by count, head size, light and part, and the places with the largest"
+    t, p = (np.array([r[k] for r in rows], float) for k in ('true', 'predicted'))
+    columns = [_terciles(t, 'people', ''), _terciles([o['head'] for o in like], 'heads', ' px'), _terciles([o['light'] for o in like], 'light', ''),
+               [f"part {o['part']}" for o in like]]
+    def of(i): return dict(n=len(i)) | {k: round(float(v), 3) for k, v in evaluation.count_scores(t[i], p[i]).items() if k != 'r2'}
+    out = {w: of(np.flatnonzero(np.array(c) == w)) for c in columns for w in dict.fromkeys(sorted(c))}
+    places = np.array([o['place'] for o in like])
+    several = [g for g in dict.fromkeys(places) if (places == g).sum() >= 3]
+    for g in sorted(several, key=lambda g: -of(np.flatnonzero(places == g))['nae'])[:5]: out[f'place {g}'] = of(np.flatnonzero(places == g))
+    return out

@@ -145,3 +145,22 @@ def test_demo(tmp_path):
     figures = json.loads((tmp_path/'demo'/'demo.json').read_text(encoding='utf-8'))
     assert figures['verdict']['human_f1'] >= .60 and figures['verdict']['lookalikes_called_human'] <= .10
     check_page((tmp_path/'demo'/'report.html').read_text(encoding='utf-8'))
+
+def test_errors_by_group_are_those_of_the_group():
+    rng = np.random.default_rng(0)
+    rows = [dict(file=f'{i}.jpg', true=int(t), predicted=float(t + e)) for i, (t, e) in enumerate(zip(rng.integers(10, 900, 60), rng.normal(0, 20, 60)))]
+    like = [dict(part='AB'[i % 2], place=f'{"AB"[i % 2]}{i//6}', light=float(rng.random()), head=float(rng.uniform(4, 60))) for i in range(60)]
+    found = report.error_analysis(rows, like)
+    for part in 'AB':
+        off = [r['predicted'] - r['true'] for r, o in zip(rows, like) if o['part'] == part]
+        assert found[f'part {part}']['n'] == len(off)
+        assert found[f'part {part}']['mae'] == pytest.approx(np.abs(off).mean(), abs=1e-3)
+        assert found[f'part {part}']['bias'] == pytest.approx(np.mean(off), abs=1e-3)
+    for name in ('people', 'heads', 'light'): assert sum(v['n'] for k, v in found.items() if k.startswith(name)) == 60
+    assert sum(k.startswith('place') for k in found) == 5
+
+@pytest.mark.parametrize('n', [0, 1])
+def test_head_size_of_nobody_is_unknown(n):
+    assert np.isnan(report.head_size(np.zeros((n, 2))))
+    like = [dict(part='A', place='A1', light=.5, head=h) for h in (np.nan, 10., 20., 30.)]
+    assert report.error_analysis([dict(true=1, predicted=1)]*4, like)['heads unknown']['n'] == 1
