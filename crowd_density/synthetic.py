@@ -863,10 +863,9 @@ def _e_sky(rng, rnd, rgb, mask): _sky(rng, rnd, rgb, rgb.shape[0], rnd.random() 
 def _e_flat(rng, rnd, rgb, mask): rgb[:] = [rnd.randint(0, 255) for _ in range(3)]
 def _e_black(rng, rnd, rgb, mask): rgb[:] = 0
 
-# %% ../nbs/01_synthetic.ipynb #01-synthetic-070-1
+# %% ../nbs/01_synthetic.ipynb #01-synthetic-071
 def _e_white(rng, rnd, rgb, mask): rgb[:] = 255
 
-# %% ../nbs/01_synthetic.ipynb #01-synthetic-071
 _EMPTY = dict(street=_e_street, trees=_e_trees, lamps=_e_lamps, bicycles=_e_bicycles, balloons=_e_balloons,
     melons=_e_melons, cobbles=_e_cobbles, windows=_e_windows, clouds=_e_clouds, gravel=_e_gravel,
     bricks=_e_bricks, fabric=_e_fabric, foliage=_e_foliage, flowers=_e_flowers, animals=_e_animals,
