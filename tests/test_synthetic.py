@@ -230,7 +230,8 @@ def test_people_walk(seed, t):
     passing = np.abs(step).max(1) > 100 # who passes by comes back on the other side
     assert passing.sum() <= 1
     fine = ~passing & (np.abs(np.hypot(*step.T)-np.hypot(*v[ia].T)) < .1)
-    assert fine.mean() > .95 and np.hypot(*step[~passing].T).max(initial=0) < 2.5
+    assert (~passing & ~fine).sum() <= max(1, .05*len(both)), 'but for who sets off or stops in this very hundredth'
+    assert np.hypot(*step[~passing].T).max(initial=0) < 2.5
     np.testing.assert_allclose(step[fine], v[ia][fine], atol=.1)
 
 def test_filling_is_smooth():
