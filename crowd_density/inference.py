@@ -233,10 +233,11 @@ def _window(rgb, size_hw, y, x):
 def _scaled(rgb, # (h, w, 3)
             scale # factor
            )->tuple: # `(size_hw of the scaled picture, function (y, x) that cuts a part of it)`
-    "A picture at another scale: reduced at once, enlarged part by part so that memory stays bounded"
+    "A picture at another scale: reduced at once, enlarged beyond 4 megapixels part by part so that memory stays bounded"
     size = tuple(max(int(round(n*scale)), 32) for n in rgb.shape[:2])
+    now, then = rgb.shape[0]*rgb.shape[1], size[0]*size[1]
     if size == rgb.shape[:2]: small = rgb
-    elif size[0]*size[1] <= rgb.shape[0]*rgb.shape[1]: small = cv2.resize(rgb, size[::-1], interpolation=cv2.INTER_AREA)
+    elif then <= max(now, 2**22): small = cv2.resize(rgb, size[::-1], interpolation=cv2.INTER_AREA if then <= now else cv2.INTER_LINEAR)
     else: return size, lambda y, x: _window(rgb, size, y, x)
     return size, lambda y, x: small[y[0]:y[1], x[0]:x[1]]
 
@@ -339,10 +340,10 @@ def _heads(density, # (m, n) people per cell
 
 # %% ../nbs/07_inference.ipynb #07-inference-048
 def _quantiles(r, level):
-    "Bounds that the middle `level` of `r` and one more lie in (conformal)"
+    "Bounds that a further value lies between with probability `level`: between the ranks `a(n+1)` and `(1-a)(n+1)`"
     a, n = (1-level)/2, len(r)
-    r = np.sort(r)
-    return r[max(int(np.floor(a*(n+1)))-1, 0)], r[min(int(np.ceil((1-a)*(n+1)))-1, n-1)]
+    r, rank = np.sort(r), np.arange(1, len(r)+1)
+    return tuple(float(np.interp(x*(n+1), rank, r)) for x in (a, 1-a))
 
 def _thirds(x, n=3):
     "Indices of the lower, middle and upper third of `x`; equal values stay together"
@@ -548,7 +549,8 @@ class Model:
         self.multiple = int(self.card.get('multiple') or 32)
         self.mean, self.std = (np.asarray(self.card.get(k) or [.5]*3, np.float32) for k in ('mean', 'std'))
         self.gain = float(self.card.get('int8_gain') or 1) # makes up for what an int8 copy loses on average
-        self.whole, self.budget, self.margin = 2**20, BUDGET.get(self.task, 2**20), MARGIN.get(self.task, 128)
+        self.whole = 1_400_000 if self.card.get('bits') == 8 else 2**20 # pixels that go through in one piece; 8 bits take less memory
+        self.budget, self.margin = BUDGET.get(self.task, 2**20), MARGIN.get(self.task, 128)
 
     def __repr__(self): return f"Model({self.task}, {self.path.name}, sha256 {str(self.card.get('sha256'))[:12]})"
 
@@ -897,7 +899,7 @@ def files_of(path # ONNX file
 def int8_loss(path, # model, run folder
               items, # of `tune`: with `part`, `rgb()` and `count()`
               threads=None,
-              most=1.01 # times the error of full precision that 8 bits may make, averaged over parts, to be the default
+              most=1. # times the error of full precision that 8 bits may make, in every part, to be the default
              )->dict: # for the copy's card: `default`, and by part `n`, `mae_float` and `mae_int8`
     "What counting in 8 bits costs"
     models, off = {k: load(path, threads, int8=k == 'int8') for k in ('float', 'int8')}, {}
@@ -905,7 +907,7 @@ def int8_loss(path, # model, run folder
         rgb, part = item.rgb(), off.setdefault(item.part, {k: [] for k in models})
         for k, m in models.items(): part[k].append(abs(m.predict(rgb).count - item.count()))
     tune = {part: dict(n=len(v['int8']), **{f'mae_{k}': round(float(np.mean(x)), 3) for k, x in v.items()}) for part, v in off.items()}
-    return dict(default=bool(np.mean([v['mae_int8']/max(v['mae_float'], 1e-9) for v in tune.values()]) <= most), tune=tune)
+    return dict(default=all(v['mae_int8'] <= most*v['mae_float'] for v in tune.values()), tune=tune)
 
 def settle(path, # model, run folder
            items, # of `tune`: with `part`, `rgb()` and `count()`
@@ -989,7 +991,7 @@ def model_card(card # of the weights, from their file
              lines(['judged', 'recipe', 'threshold', 'sigma', 'size', 'scale', 'share']),
              '### Figures', _figures(c.get('figures') or {}, 4) or 'None yet.']
     if c.get('interval'): parts += ['### Interval', _said_interval(c['interval'])]
-    parts += ['### Where it fails, on generated scenes', _figures(c.get('failures') or {}, 4) or 'Not measured for these weights.',
+    parts += ['### Where it fails', _figures(c.get('failures') or {}, 4) or 'Not measured for these weights.',
               '### What it must not be used for', _NOT_FOR, '### How to make it yours', _TUNE]
     if c.get('versions'): parts += ['### Made with', _cell(c['versions'])]
     return '\n\n'.join(p for p in parts if p) + '\n'

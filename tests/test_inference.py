@@ -229,6 +229,15 @@ def test_flips(model, seed, ud, lr):
     def flip(a): return a[::-1 if ud else 1, ::-1 if lr else 1]
     np.testing.assert_allclose(model.predict(np.ascontiguousarray(flip(rgb))).density, flip(model.predict(rgb).density), atol=1e-5)
 
+def test_enlarged_beyond_four_megapixels_part_by_part(model):
+    "Windows of a large enlargement and the enlargement of a whole agree"
+    import cv2
+    rgb = picture(1300, 1500)
+    (h, w), cut = inf._scaled(rgb, 1.6)
+    whole = cv2.resize(rgb, (w, h), interpolation=cv2.INTER_LINEAR)
+    for y, x in (((0, 500), (0, 700)), ((900, h), (1200, w))): assert np.abs(cut(y, x).astype(int) - whole[slice(*y), slice(*x)]).max() <= 6
+    np.testing.assert_allclose(model.predict(rgb, 1.6).count, model.predict(whole, 1).count, rtol=.01)
+
 def test_padding_counts_nobody(folder):
     "A model that sees ten people in every cell: exactly the picture's own cells are summed"
     path = toy(folder/'ten.onnx')
@@ -325,6 +334,14 @@ def test_unlike_widens(count, a, b):
     (l0, h0), (l1, h1) = interval(rule, count, min(a, b)), interval(rule, count, max(a, b))
     assert 0 <= l1 <= l0 <= count <= h0 <= h1 and np.isfinite(h1)
     assert interval(None, count) == (None, None) and interval({}, count) == (None, None)
+
+@given(st.integers(20, 80), st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_quantiles_are_calibrated_not_cautious(n, seed):
+    "Of one value left out in turn, the share that lies between the others' bounds is the level, to a rank or two"
+    r = np.random.default_rng(seed).normal(size=n)
+    inside = [lo <= x <= hi for i, x in enumerate(r) for lo, hi in [inf._quantiles(np.delete(r, i), .8)]]
+    assert abs(np.mean(inside) - .8) <= 3/n
 
 @pytest.mark.parametrize('t,p', [([1], [1]), ([1, 2, 3], [1, 2]), ([1, np.nan], [1, 2]), ([], [])])
 def test_interval_needs_pairs(t, p):

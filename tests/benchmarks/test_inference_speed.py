@@ -1,15 +1,16 @@
-"""A whole `predict` of 1024x768 against CSRNet's computation, interleaved in one run: the machine's mood hits both alike.
+"""A whole `predict` of 1024x768, with default settings, against CSRNet's computation: CPU seconds of one thread each, in turns in one run.
 
 CSRNet (VGG-16 to conv4_3, six dilated layers, 1x1; 16.26 million parameters) is built here from its paper, with random weights: only its
-computation is timed. `pytest tests/benchmarks/test_inference_speed.py --slow -s` prints the ratios; the goal is 40. A picture that looks crowded is
-looked at a second time, at 1.4 megapixels: accuracy comes before speed, so its ratio is lower and stands beside the other."""
-import os, time
+computation is timed. CPU seconds, since others on the machine disturb clocks more than they disturb work; wall seconds are printed beside them.
+`pytest tests/benchmarks/test_inference_speed.py --slow -s` prints the ratios; a picture with nobody, one with a crowd and one that is packed
+must each reach the goal: whatever the scale rule makes of them is part of `predict`."""
+import time
 
 import numpy as np, pytest
 
 from crowd_density.inference import ModelError, load
 
-GOAL, FLOOR = 40, 4 # what is asked of a quiet machine; below the floor something is broken
+GOAL = 40 # times faster than CSRNet
 
 def csrnet():
     "CSRNet's layers in torch"
@@ -29,46 +30,56 @@ def csrnet():
     return net
 
 def interleaved(ours, theirs, times=3, each=4):
-    "Median seconds of both, run in turns"
+    "Least seconds of both, run in turns: `(ours, theirs)` of the CPU, and the same by the clock"
     a, b = [], []
+    def timed(f, out):
+        cpu, clock = time.process_time(), time.perf_counter()
+        f()
+        out.append((time.process_time() - cpu, time.perf_counter() - clock))
     for _ in range(times):
-        start = time.perf_counter()
-        theirs()
-        b.append(time.perf_counter() - start)
-        for _ in range(each):
-            start = time.perf_counter()
-            ours()
-            a.append(time.perf_counter() - start)
-    return float(np.median(a)), float(np.median(b))
+        timed(theirs, b)
+        for _ in range(each): timed(ours, a)
+    (cpu, clock), (cpu_b, clock_b) = np.min(a, 0), np.min(b, 0)
+    return (float(cpu), float(cpu_b)), (float(clock), float(clock_b))
+
+@pytest.fixture
+def one_thread():
+    "OpenCV, like torch and ONNX Runtime here, on one thread"
+    import cv2
+    was = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    yield
+    cv2.setNumThreads(was)
 
 @pytest.mark.slow
-def test_predict_against_csrnet():
+def test_predict_against_csrnet(one_thread):
     import torch
-    try: model = load('counting')
+    try: model = load('counting', threads=1)
     except ModelError as e: pytest.skip(str(e))
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
+    torch.set_num_threads(1)
     from crowd_density.synthetic import scene
-    crowd, net, x = scene(0, size_hw=(768, 1024)).rgb, csrnet(), torch.rand(1, 3, 768, 1024)
-    pictures = dict(crowd=crowd, nobody=scene(0, size_hw=(768, 1024), people=0).rgb)
-    ratios = {}
+    net, x, ratios = csrnet(), torch.rand(1, 3, 768, 1024), {}
+    pictures = {n: scene(0, size_hw=(768, 1024), people=k).rgb for n, k in dict(nobody=0, crowd=100, packed=1500).items()}
     with torch.inference_mode():
+        net(x)
         for name, rgb in pictures.items():
-            scale = model.predict(rgb).scale
-            ours, theirs = interleaved(lambda: model.predict(rgb), lambda: net(x), times=2)
+            e = model.predict(rgb)
+            (ours, theirs), (clock, clock_theirs) = interleaved(lambda: model.predict(rgb), lambda: net(x), times=2)
             ratios[name] = theirs/ours
-            print(f'\n{name}: predict, complete, 1024x768 (scale {scale:.2f}): {ours:.3f} s; CSRNet in torch: {theirs:.2f} s; ratio {theirs/ours:.1f} (goal {GOAL})')
-    assert min(ratios.values()) >= FLOOR
+            print(f'\n{name}: predict, complete, 1024x768 ({e.count:.0f} people, scale {e.scale:.2f}, {model.card.get("bits") or 32} bits): {ours:.3f} s; '
+                  f'CSRNet in torch: {theirs:.2f} s; ratio {theirs/ours:.1f} (goal {GOAL}), by the clock {clock_theirs/clock:.1f}')
+    assert min(ratios.values()) >= GOAL, ratios
 
 @pytest.mark.slow
-def test_what_predict_adds_to_the_network():
-    "Resizing, normalising, interval and map cost at most a fifth of the bare network"
-    try: model = load('counting')
+def test_what_predict_adds_to_the_network(one_thread):
+    "Resizing, normalising, interval and map cost at most a quarter of the bare network, and little beyond"
+    try: model = load('counting', threads=1)
     except ModelError as e: pytest.skip(str(e))
     from crowd_density.synthetic import scene
     rgb = scene(0, size_hw=(768, 1024)).rgb
     x = model.blob(rgb)
     run = lambda: model.session.run(None, {'image': x})
     run()
-    whole, bare = interleaved(lambda: model.predict(rgb, scale=1), run, times=8, each=1)
+    (whole, bare), _ = interleaved(lambda: model.predict(rgb, scale=1), run, times=8, each=1)
     print(f'\npredict {whole:.3f} s, bare network {bare:.3f} s')
     assert whole <= 1.25*bare + .02
