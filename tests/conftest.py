@@ -39,6 +39,12 @@ def offline(monkeypatch):
 @pytest.fixture(scope='session')
 def root(): return ROOT
 
+@pytest.fixture
+def one_thread():
+    "torch's sums in one order: two threads round otherwise than one"
+    import torch
+    torch.set_num_threads(1)
+
 @pytest.fixture(scope='session')
 def real_data():
     "Folder of real data sets; its tests skip where `CROWD_DENSITY_DATA` is unset"

@@ -8,8 +8,7 @@ from crowd_density.preprocessing import HEAT, prepare, read_pairs
 from crowd_density.segmentation import load_weights
 from crowd_density.synthetic import write_dataset
 
-@pytest.fixture(autouse=True)
-def one_thread(): torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 @pytest.fixture(scope='module')
 def scenes(tmp_path_factory):

