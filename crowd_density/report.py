@@ -230,12 +230,13 @@ def count_table(r):
     return f"Counts, {r['n']} pictures", ['figure', 'model', '95 % interval', 'always the mean'], rows
 
 # %% ../nbs/12_report.ipynb #12-report-030
-def pixel_table(r, key='pixel', title='Pixels, human from a tenth of a lone head\'s peak', classes=('human', 'background', 'macro', 'weighted')):
+def pixel_table(r, key='pixel', human='a tenth of a lone head\'s peak', classes=('human', 'background', 'macro', 'weighted')):
     "The report's table 2"
     p, b = r[key], r['baseline'][key]
     rows = [[f'{c} {k}' + ', pixels'*(k == 'support'), p[c][k], b[c][k]] for c in classes for k in p[c]]
     rows.append(['accuracy', p['accuracy'], b['accuracy']])
     names = dict(density_r2='R² of the share of people', density_r2_hard='the same from the hard mask', density_corr2='squared correlation of the share')
+    title = f"Pixels of {r['n']} pictures, human from {human}"
     return title, ['figure', 'model', 'all background'], rows + [[v, p[k], b[k]] for k, v in names.items() if k in p]
 
 # %% ../nbs/12_report.ipynb #12-report-032
@@ -243,7 +244,8 @@ def heat_table(r):
     "Experiment 1"
     p, z, m = r['heatmap'], r['baseline']['heatmap'], r['baseline']['heatmap_mean']
     names = dict(mae='MAE a pixel', mse='MSE a pixel', mspe='MSPE = Σ(y-ŷ)²/Σy²', mae_ratio="MAE over all-zero's")
-    return 'Heatmaps, a lone head\'s peak is 1', ['figure', 'model', 'all zero', 'mean map'], [[v, p[k], z[k], m[k]] for k, v in names.items()]
+    title = f"Heatmaps of {r['n']} pictures, a lone head's peak is 1"
+    return title, ['figure', 'model', 'all zero', 'mean map'], [[v, p[k], z[k], m[k]] for k, v in names.items()]
 
 def tables(r # what `evaluate_model` gave
           )->list: # `(title, head, rows)`
@@ -251,7 +253,7 @@ def tables(r # what `evaluate_model` gave
     out = [heat_table(r)] if 'heatmap' in r else []
     if 'mae' in r: out.append(count_table(r))
     if 'pixel' in r: out.append(pixel_table(r))
-    if 'pixel_half_peak' in r: out.append(pixel_table(r, 'pixel_half_peak', 'Pixels, human from half a peak', ('human',)))
+    if 'pixel_half_peak' in r: out.append(pixel_table(r, 'pixel_half_peak', 'half a peak', ('human',)))
     return out
 
 # %% ../nbs/12_report.ipynb #12-report-040
