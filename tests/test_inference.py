@@ -471,7 +471,7 @@ def test_settle_writes_all_files(tmp_path):
     off = {k: np.mean([abs(load(tmp_path, int8=k == 'int8').predict(Thing(s).rgb()).count - Thing(s).count()) for s in range(8)]) for k in ('float', 'int8')}
     assert loss == said['int8'] if loss['default'] else said['int8'] is None
     assert loss['tune']['A'] == dict(n=8, mae_float=round(off['float'], 3), mae_int8=round(off['int8'], 3))
-    assert (load(tmp_path).card.get('bits') == 8) == loss['default'] == (off['int8'] <= 1.01*off['float'])
+    assert (load(tmp_path).card.get('bits') == 8) == loss['default'] == (off['int8'] <= off['float'])
 
 @pytest.mark.parametrize('worse,default', [(1., True), (1.5, False)])
 def test_int8_is_the_default_only_if_little_is_lost(tmp_path, monkeypatch, worse, default):
