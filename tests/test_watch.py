@@ -199,14 +199,14 @@ def test_each_camera_keeps_its_rate():
     run_for(w, 3.2)
     for n, r in rates.items(): assert abs(w.cameras[n].judged - 3*r) <= max(1, .25*3*r), (n, w.cameras[n].judged)
 
-def soak(seconds, cameras=8, first=5.):
+def soak(seconds, cameras=8, first=5., model=None, paint=None):
     "8 cameras of 640x480 at 1 frame/s: oldest picture judged, pictures judged, growth of memory after the first part"
     psutil = pytest.importorskip('psutil')
     names = [f'camera {i}' for i in range(cameras)]
     site = parse_site(site_text({n: f'rtsp://{i}/' for i, n in enumerate(names)}).replace('size_px = [160, 120]', 'size_px = [640, 480]').replace(
         '[[0, 0], [160, 0], [160, 120], [0, 120]]', '[[0, 0], [640, 0], [640, 480], [0, 480]]'))
-    shots = [dots(i % 30, i, (480, 640)) for i in range(40)]
-    w = Watcher(site, Dots(.05), sources={c.name: Hand(c, lambda i: shots[i % 40], 5) for c in site.cameras})
+    shots = [(paint or (lambda i: dots(i % 30, i, (480, 640))))(i) for i in range(40)]
+    w = Watcher(site, model or Dots(.05), sources={c.name: Hand(c, lambda i: shots[i % 40], 5) for c in site.cameras})
     w.start()
     time.sleep(first)
     for c in w.cameras.values(): c.oldest = 0.
@@ -225,6 +225,20 @@ def test_eight_cameras_half_an_hour():
     oldest, judged, growth = soak(1800, first=300)
     print(f'oldest picture judged {oldest:.2f} s, judged {min(judged)} to {max(judged)}, memory {100*growth:+.2f} %')
     assert oldest < 2 and min(judged) >= 1700 and growth <= .02, (oldest, judged, growth)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('int8', [None, True])
+def test_eight_cameras_half_an_hour_with_shipped_weights(int8):
+    "The counting model that ships looks at generated scenes; a shorter time by CROWD_DENSITY_SOAK, seconds"
+    from crowd_density.inference import ModelError, load
+    try: model = load('counting', int8=int8)
+    except ModelError as e: pytest.skip(f'no weights of the counting model: {e}')
+    seconds = float(os.environ.get('CROWD_DENSITY_SOAK', 1800))
+    paint = lambda i: np.clip(synthetic.scene(i, (480, 640)).rgb + np.random.default_rng(i).normal(0, 2, (480, 640, 3)), 0, 255).astype(np.uint8)
+    oldest, judged, growth = soak(seconds, first=seconds/6, model=model, paint=paint)
+    print(f'\n{seconds:.0f} s, {model.card.get("bits") or 32} bits, load {os.getloadavg()[0]:.1f}: oldest picture judged {oldest:.2f} s, '
+          f'judged {min(judged)} to {max(judged)}, memory {100*growth:+.2f} %')
+    assert oldest < 2 and growth <= .02, (oldest, judged, growth)
 
 def test_black_frozen_and_lost_become_unknown_and_come_back():
     site, mode, told = make_site({'gate': 'rtsp://x/1'}, rate=10, stale_after=1., for_=.3, hold=.5), ['good'], []

