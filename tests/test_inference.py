@@ -509,6 +509,16 @@ def test_segmentation_tiles(tmp_path):
     m.whole, m.budget, m.margin = 2**15, 2**15, 32
     assert np.abs(m.predict(picture(300, 500)).human - whole).max() < 1e-3
 
+def test_large_pictures_are_segmented_at_a_megapixel(tmp_path):
+    "24 megapixels take the work of one, margins of tiles included at most of one and a half, and come back at their own size; up to a megapixel a picture stays as it is"
+    m = load(toy(tmp_path/'s.onnx', 'segmentation'))
+    run, seen = m.run, []
+    m.run = lambda rgb: seen.append(rgb.shape[0]*rgb.shape[1]) or run(rgb)
+    big = np.ascontiguousarray(np.tile(picture(200, 300), (20, 20, 1)))
+    e = m.predict(big)
+    assert e.human.shape == e.mask().shape == (4000, 6000) and sum(seen) <= 1.5*inf.LARGE and abs(e.scale**2*big[..., 0].size/inf.LARGE - 1) < .01
+    assert m.predict(picture(1000, 1000)).scale == 1
+
 def test_autoencoder(tmp_path):
     e = load(toy(tmp_path/'a.onnx', 'autoencoder', size=[128, 128])).predict(picture(100, 170))
     assert e.heat.shape == (128, 128) and e.density.shape == (13, 22)
