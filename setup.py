@@ -21,7 +21,7 @@ about = {o: cfg[o] for o in ('version', 'description', 'author', 'author_email')
 texts = dict(long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     license_expression=cfg['license'], license_files=cfg['license_files'].split())
 needs = dict(python_requires=f">={cfg['min_python']}", install_requires=lines('requirements') + lines('learn_requirements'),
-    extras_require=dict(dev=lines('dev_requirements')))
+    extras_require=dict(dev=lines('dev_requirements'), distributed=lines('distributed_requirements')))
 packages = find_namespace_packages(include=[cfg['lib_path'], f"{cfg['lib_path']}.*"], exclude=['*__pycache__*'])
 setup(**about, **texts, **needs, packages=packages, include_package_data=True,
     entry_points=dict(console_scripts=lines('console_scripts')))

