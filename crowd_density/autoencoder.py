@@ -25,7 +25,8 @@ from .segmentation import (LITE_STATS, Average, Fast, Run, export_onnx, fast, ma
                                         run_epochs, save_weights)
 
 # %% ../nbs/03_autoencoder.ipynb #03-autoencod-n00
-cv2 = load_cv2()
+try: import cv2
+except ImportError: load_cv2() # says what to install
 
 # %% ../nbs/03_autoencoder.ipynb #03-autoencod-008
 class ConvAutoencoder(nn.Module):

@@ -228,6 +228,7 @@ def say_epoch(d):
     rest = {k: v for k, v in d.items() if k not in ('epoch', 'epochs', 'left_s')} if 'left_s' in d else d
     say(('\r\x1b[K' if sys.stderr.isatty() else '') + (f'{bar(d)}, ' if rest is not d else '') + _figures(rest))
 
+# %% ../nbs/13_cli.ipynb #13-cli-048c
 def say_live(d):
     "Between epochs: the bar, where somebody looks"
     if sys.stderr.isatty(): print(f"\r{bar(d)}, train_loss {d['train_loss']:.4g}", end='\x1b[K', file=sys.stderr, flush=True)

@@ -252,7 +252,7 @@ class SquareLoss(nn.Module):
 LOSSES = dict(blocks=(BlockLoss, 'people'), poisson=(partial(BlockLoss, 0.), 'people'), inflated=(InflatedLoss, 'inflated'), bins=(BinLoss, 'bins'),
               bayesian=(BayesianLoss, 'people'), transport=(TransportLoss, 'people'), squares=(SquareLoss, 'people')) # and the head that each needs
 
-# %% ../nbs/05_counting.ipynb #05-counting-034
+# %% ../nbs/05_counting.ipynb #05-counting-035
 class Atlas:
     "Pictures as uint8 tensors (3, h, w) on `device`, with their head points and what kind each is"
     def __init__(self, device='cpu'): self.device, self.rgbs, self.points, self.kinds, self.names = device, [], [], [], []
@@ -273,7 +273,7 @@ class Atlas:
                 self.add(rgb, o.points(), o.part or 'own', o.name)
         return self
 
-# %% ../nbs/05_counting.ipynb #05-counting-036
+# %% ../nbs/05_counting.ipynb #05-counting-037
 def add_scenes(atlas,          # an `Atlas`
                n_scenes=80,    # generated scenes with people
                n_empty=120,    # generated pictures without people
@@ -291,7 +291,7 @@ def add_scenes(atlas,          # an `Atlas`
     for i, s in zip(seeds[1], empty): atlas.add(s.rgb, s.points_xy, 'empty', f'{s.kind} {i}')
     return atlas
 
-# %% ../nbs/05_counting.ipynb #05-counting-039
+# %% ../nbs/05_counting.ipynb #05-counting-040
 SCALES = dict(A=(.7, 2.), B=(.45, 2.2), scene=(.5, 1.6), empty=(.4, 2.), own=(.5, 2.))
 
 def cut(rgb,       # (3, h, w) uint8 tensor
@@ -308,7 +308,7 @@ def cut(rgb,       # (3, h, w) uint8 tensor
     if side != size: patch = F.interpolate(patch, (size, size), mode='bilinear', antialias=side > size, align_corners=False)
     return patch[0], inside((points_xy - [x, y])*(size/side), (size, size))
 
-# %% ../nbs/05_counting.ipynb #05-counting-044
+# %% ../nbs/05_counting.ipynb #05-counting-045
 def tone(x,   # (n, 3, h, w) in 0..1
          rng  # numpy Generator
         ):    # same shape
@@ -324,7 +324,7 @@ def tone(x,   # (n, 3, h, w) in 0..1
     mean = x.mean((1, 2, 3), keepdim=True)
     return ((x - mean)*draw(.8, 1.2) + mean*draw(.85, 1.15)).clamp(0, 1)
 
-# %% ../nbs/05_counting.ipynb #05-counting-046
+# %% ../nbs/05_counting.ipynb #05-counting-047
 def dct_matrix(n=8 # side of a block, pixels
               )->torch.Tensor: # (n, n) orthonormal
     "Matrix of the discrete cosine transform that JPEG uses"
@@ -347,7 +347,7 @@ def jpeg_like(x,      # (n, 3, h, w) in 0..1, sides divisible by 8
     f = torch.round(f/step)*step
     return (d.T@f@d).transpose(3, 4).reshape(n, c, h, w).clamp(0, 1)
 
-# %% ../nbs/05_counting.ipynb #05-counting-048
+# %% ../nbs/05_counting.ipynb #05-counting-049
 def blur(x,    # (n, 3, h, w)
          sigma # standard deviation, pixels
         ):     # same shape
@@ -371,7 +371,7 @@ def wear(x,  # (n, 3, h, w) in 0..1
     if len(some): x[some] = jpeg_like(x[some], rng.uniform(8, 70, len(some)))
     return x
 
-# %% ../nbs/05_counting.ipynb #05-counting-050
+# %% ../nbs/05_counting.ipynb #05-counting-051
 def cut_outs(x,      # (n, 3, h, w)
              points, # list of (m, 2)
              rng,    # numpy Generator
@@ -387,7 +387,7 @@ def cut_outs(x,      # (n, 3, h, w)
         out[i] = p[~((p[:, 0] >= x0) & (p[:, 0] < x0 + b) & (p[:, 1] >= y) & (p[:, 1] < y + a))]
     return x, out
 
-# %% ../nbs/05_counting.ipynb #05-counting-055
+# %% ../nbs/05_counting.ipynb #05-counting-056
 def targets(points, # list of (m, 2)
             size,   # side of the crops, pixels
             device='cpu'
@@ -432,14 +432,14 @@ class CropLoader(DataLoader):
         rng = np.random.default_rng([self.seed, self.epoch])
         for ids in self.order(rng).reshape(-1, self.bs): yield tuple(o[self.mine] for o in self.batch(ids, rng))
 
-# %% ../nbs/05_counting.ipynb #05-counting-056
+# %% ../nbs/05_counting.ipynb #05-counting-057
 def normalised(x # (n, 3, h, w) in 0..1
               ): # same shape, with the encoder's statistics
     "Channels as the encoder was trained with"
     mean, std = (torch.tensor(s, dtype=x.dtype, device=x.device).view(1, 3, 1, 1) for s in LITE_STATS)
     return ((x - mean)/std).contiguous(memory_format=torch.channels_last)
 
-# %% ../nbs/05_counting.ipynb #05-counting-058
+# %% ../nbs/05_counting.ipynb #05-counting-059
 class FixedCrops(DataLoader):
     "Undisturbed centre crops for the validation loss of every epoch"
     def __init__(self, atlas, bs=8, size=320):
@@ -457,7 +457,7 @@ class FixedCrops(DataLoader):
             x, p = zip(*[cut(self.atlas.rgbs[i], self.atlas.points[i], self.size, 1., (.5, .5)) for i in ids])
             yield normalised(torch.stack(x)), targets(p, self.size, x[0].device)
 
-# %% ../nbs/05_counting.ipynb #05-counting-062
+# %% ../nbs/05_counting.ipynb #05-counting-063
 class Bank:
     "Pictures of an `Atlas` as flat tensors; whole batches are drawn on its device"
     sizes = 1., 2**-.5, .5
@@ -494,7 +494,7 @@ class Bank:
         r, g, b = rgb.int()
         return r | g << 8 | b << 16
 
-# %% ../nbs/05_counting.ipynb #05-counting-063
+# %% ../nbs/05_counting.ipynb #05-counting-064
 def kind_shares(kinds,  # (n,) kind of each picture
                 mixed,  # share of generated pictures among the crops
                 scenes  # share of those with people among the generated
@@ -506,7 +506,7 @@ def kind_shares(kinds,  # (n,) kind of each picture
     for k, s in made.items(): out = out + (kinds == k)*s/max((kinds == k).sum(), 1)
     return out
 
-# %% ../nbs/05_counting.ipynb #05-counting-065
+# %% ../nbs/05_counting.ipynb #05-counting-066
 @patch
 def crops(self:Bank,
           i,     # (n,) numbers of pictures
@@ -546,7 +546,7 @@ def people(self:Bank, i, side, y0, x0, flip,
     cell = torch.where(ok, (y/CountingModel.stride).long()*m + (x/CountingModel.stride).long(), m*m)
     return torch.zeros(len(i), m*m + 1, device=self.device).scatter_add_(1, cell.clamp(0, m*m), ok.float())[:, :-1].view(-1, 1, m, m)
 
-# %% ../nbs/05_counting.ipynb #05-counting-067
+# %% ../nbs/05_counting.ipynb #05-counting-068
 class Dice:
     "`random` and `uniform` as numpy's generator has them, drawn on a device"
     def __init__(self, device): self.device = device
@@ -589,7 +589,7 @@ def draw(self:Bank):
     mean, std = self.stats
     return ((x - mean)/std).contiguous(memory_format=torch.channels_last), self.people(*place, cover)
 
-# %% ../nbs/05_counting.ipynb #05-counting-072
+# %% ../nbs/05_counting.ipynb #05-counting-074
 class Average(Callback):
     "Keeps an exponential running average of the weights and validates with it"
     order = 5
@@ -610,7 +610,7 @@ class Average(Callback):
     def after_validate(self): self.learn.model = self.trained
     def after_cancel_validate(self): self.after_validate()
 
-# %% ../nbs/05_counting.ipynb #05-counting-074
+# %% ../nbs/05_counting.ipynb #05-counting-076
 def plain_copy(model # a `CountingModel`, perhaps compiled
               )->CountingModel: # a copy that shares nothing with it
     "Copy of a model without its compiled layers"
@@ -620,7 +620,7 @@ def plain_copy(model # a `CountingModel`, perhaps compiled
 
 def bare(model): return getattr(model, 'module', model) # without what distributed training wraps around it
 
-# %% ../nbs/05_counting.ipynb #05-counting-075
+# %% ../nbs/05_counting.ipynb #05-counting-077
 class Checkpoint(Callback):
     "Writes everything a run needs to go on, every few minutes at the end of an epoch; stops after `limit_s`"
     order = 95
@@ -641,7 +641,7 @@ class Checkpoint(Callback):
         with atomic(self.path) as tmp: torch.save(state, tmp)
         self.last = time.time()
 
-# %% ../nbs/05_counting.ipynb #05-counting-077
+# %% ../nbs/05_counting.ipynb #05-counting-079
 class SkipTo(Callback):
     "Goes on at `epoch` with the schedule as if the earlier epochs had been run here"
     order = 70
@@ -684,19 +684,19 @@ class History(Callback):
             w.writerow(row)
         if self.report: self.report({**row, 'epochs': self.whole(), 'left_s': self.left_s()})
 
-# %% ../nbs/05_counting.ipynb #05-counting-079
+# %% ../nbs/05_counting.ipynb #05-counting-081
 def crop_mae(pred, targ):
     "Mean absolute error of a crop's count, people"
     return (pred.sum((1, 2, 3)) - targ.sum((1, 2, 3))).abs().mean()
 
-# %% ../nbs/05_counting.ipynb #05-counting-081
+# %% ../nbs/05_counting.ipynb #05-counting-083
 def optimizer(model_params, lr, fused=True, wd=1e-2):
     "AdamW in one fused step a group, as a fastai optimiser"
     return OptimWrapper(model_params, torch.optim.AdamW, lr=lr, weight_decay=wd, fused=fused, betas=(.9, .99))
 
 def halves(model): return [list(model.encoder.parameters()), [p for n, p in model.named_parameters() if not n.startswith('encoder.')]]
 
-# %% ../nbs/05_counting.ipynb #05-counting-083
+# %% ../nbs/05_counting.ipynb #05-counting-085
 def counting_learner(dls,        # `DataLoaders` of a `CropLoader` and a `FixedCrops`
                      model=None, # a `CountingModel`
                      loss=None,  # default `BlockLoss()`
@@ -710,7 +710,7 @@ def counting_learner(dls,        # `DataLoaders` of a `CropLoader` and a `FixedC
     learn.add_cb(GradientClip(1.))
     return learn
 
-# %% ../nbs/05_counting.ipynb #05-counting-086
+# %% ../nbs/05_counting.ipynb #05-counting-088
 class Places(DataLoader):
     "As many batches as an epoch has for `Captured`; it draws the real ones itself"
     def __init__(self, bank, crops, times=8):
@@ -752,7 +752,7 @@ class Captured(Callback):
             torch._foreach_mul_(step, self.rest)
             torch._foreach_add_(self.pairs[0], step)
 
-# %% ../nbs/05_counting.ipynb #05-counting-088
+# %% ../nbs/05_counting.ipynb #05-counting-090
 @patch
 def record(self:Captured):
     "Warm up on a stream of its own, then record one step"
@@ -789,7 +789,7 @@ def compiled_whole(model # a `CountingModel`
     torch._dynamo.reset()
     return torch.compile(model, dynamic=False)
 
-# %% ../nbs/05_counting.ipynb #05-counting-090
+# %% ../nbs/05_counting.ipynb #05-counting-092
 def agreed(x,      # number
            device  # where the processes exchange tensors
           )->float: # the first process's
@@ -819,7 +819,7 @@ class Minutes(Callback):
         self.begun = self.begun or time.time()
         self.learn.pct_train = min(self.share, 1.)
 
-# %% ../nbs/05_counting.ipynb #05-counting-095
+# %% ../nbs/05_counting.ipynb #05-counting-097
 def several(learn, device):
     "Callbacks that make this process train with the others, where there are others"
     if num_distrib() < 2: return []
@@ -837,7 +837,7 @@ def own_device()->str:
     if not torch.cuda.is_available(): return 'cpu'
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if num_distrib() > 1 else 'cuda'
 
-# %% ../nbs/05_counting.ipynb #05-counting-099
+# %% ../nbs/05_counting.ipynb #05-counting-101
 @torch.inference_mode()
 def density_of(model, # a `CountingModel` in evaluation mode
                rgb    # (h, w, 3) uint8
@@ -849,7 +849,7 @@ def density_of(model, # a `CountingModel` in evaluation mode
     x = F.pad(normalised(x), (0, -w % m, 0, -h % m))
     return model(x)[0, 0, :-(-h//s), :-(-w//s)].cpu().numpy()
 
-# %% ../nbs/05_counting.ipynb #05-counting-101
+# %% ../nbs/05_counting.ipynb #05-counting-103
 def judge(model,        # a `CountingModel`
           atlas,        # an `Atlas` of whole pictures
           every=1,      # judge every n-th
@@ -866,7 +866,7 @@ def judge(model,        # a `CountingModel`
         out[k] = dict(n=len(t), **count_scores(t, p), constant_mae=float(np.abs(t - t.mean()).mean()))
     return out
 
-# %% ../nbs/05_counting.ipynb #05-counting-104
+# %% ../nbs/05_counting.ipynb #05-counting-106
 def told(file # `history.csv` of a phase
         )->list: # a list of figures for each epoch, in the order of `History`'s columns
     "The course of a run"
@@ -889,7 +889,7 @@ def sketch(out,  # folder of a phase, with its `history.csv`
     for name, fig in figures.items():
         with atomic(out/f'{name}.png') as tmp: tmp.write_bytes(png(fig))
 
-# %% ../nbs/05_counting.ipynb #05-counting-107
+# %% ../nbs/05_counting.ipynb #05-counting-109
 RECIPES = dict(
     trial=dict(judged=12, final=0, size=256, bs=8, alpha=.05, lr=(3e-4, 1e-3), decay=.99, frozen=4, made=(80, 120), compiled=False),
     quick=dict(judged=38, final=0, size=256, bs=8, alpha=.05, lr=(3e-4, 1e-3), decay=.998, frozen=4, made=(80, 120), compiled=True),
@@ -908,7 +908,7 @@ def flat_cos(lr,       # (encoder, head) rates
     fs = [rate(o) for o in lr]
     return ParamScheduler(dict(lr=lambda pos: [f(pos) for f in fs]))
 
-# %% ../nbs/05_counting.ipynb #05-counting-110
+# %% ../nbs/05_counting.ipynb #05-counting-112
 def fit_phase(out,         # folder of the phase: checkpoint, history
               atlas,       # `Atlas` to train on
               tune,        # `Atlas` for the validation loss
@@ -943,7 +943,7 @@ def fit_phase(out,         # folder of the phase: checkpoint, history
         with learn.no_bar(), learn.no_logging(): learn.fit(10_000 if minutes else epochs, cbs=cbs)
     return average.model.eval()
 
-# %% ../nbs/05_counting.ipynb #05-counting-111
+# %% ../nbs/05_counting.ipynb #05-counting-113
 def restore(learn, average, file # `checkpoint.pth` of the same recipe
            )->int: # epochs that are done
     "Put a learner and its average back where the checkpoint left them"
@@ -955,7 +955,7 @@ def restore(learn, average, file # `checkpoint.pth` of the same recipe
     average.n = s['steps']
     return s['epoch']
 
-# %% ../nbs/05_counting.ipynb #05-counting-117
+# %% ../nbs/05_counting.ipynb #05-counting-119
 def fit_gain(rows,       # (name, kind, true, predicted) of pictures that were not trained on
              lo=.85, hi=1.2 # bounds
             )->float:    # factor for the predicted counts
@@ -964,7 +964,7 @@ def fit_gain(rows,       # (name, kind, true, predicted) of pictures that were n
     def error(c): return sum(np.abs(c*p - t).mean()/max(t.mean(), 1) for t, p in parts)
     return float(min(np.linspace(lo, hi, 351), key=error))
 
-# %% ../nbs/05_counting.ipynb #05-counting-120
+# %% ../nbs/05_counting.ipynb #05-counting-122
 def reported(scores # what `judge` returns
             )->dict: # the same without the rows, rounded
     "Figures for a card"
@@ -979,7 +979,7 @@ def counting_card(recipe, name, seed, data, figures, encoder='lite0', **more):
                 versions={p: version(p) for p in ('torch', 'fastai', 'timm', 'numpy')} | dict(python=platform.python_version()),
                 created=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), figures=figures, **more)
 
-# %% ../nbs/05_counting.ipynb #05-counting-122
+# %% ../nbs/05_counting.ipynb #05-counting-124
 def save_counting(model, out, card):
     "`model.safetensors` and its ONNX twin in folder `out`; returns the card as written"
     model = plain_copy(model).cpu()
@@ -989,7 +989,7 @@ def save_counting(model, out, card):
         warnings.warn(f'no ONNX copy ({type(e).__name__}: {str(e)[:80]}); write it with `crowd-density export {Path(out)/"model.safetensors"}`')
     return card
 
-# %% ../nbs/05_counting.ipynb #05-counting-124
+# %% ../nbs/05_counting.ipynb #05-counting-126
 def settled(out,    # folder of the run
             recipe, # a dict, or a name in `RECIPES`
             resume, # go on with what is there?
@@ -1008,7 +1008,7 @@ def settled(out,    # folder of the run
         with atomic(file) as tmp: tmp.write_text(json.dumps(run))
     return recipe
 
-# %% ../nbs/05_counting.ipynb #05-counting-127
+# %% ../nbs/05_counting.ipynb #05-counting-129
 def train_counting(data,            # folder of a data set, or a `CrowdData`
                    out,             # folder of the run
                    recipe='quick',  # a name in `RECIPES`, or a dict
@@ -1038,7 +1038,7 @@ def made(atlas, recipe, seed):
     n = os.cpu_count() or 1
     return add_scenes(atlas, *recipe['made'], seed, workers=n if n > 4 else 0)
 
-# %% ../nbs/05_counting.ipynb #05-counting-128
+# %% ../nbs/05_counting.ipynb #05-counting-131
 def finish(model, out, data, train, tune, of, r, name, seed, resume, encoder, report, progress, minutes=None):
     "Gain and figures of the judged phase, then the final phase on everything, and the files: the first process judges and writes, the others help to train"
     first = not rank_distrib()
@@ -1054,7 +1054,7 @@ def finish(model, out, data, train, tune, of, r, name, seed, resume, encoder, re
     model.gain.fill_(card['gain'])
     return save_counting(model, out, {**card, 'split': 'all training pictures; figures are those of the judged phase, trained on train alone'})
 
-# %% ../nbs/05_counting.ipynb #05-counting-129
+# %% ../nbs/05_counting.ipynb #05-counting-133
 def judged_card(model, out, data, tune, of, r, name, seed, encoder, progress):
     "Fit the gain on `tune`, judge `tune` and `valid`, save; returns the card"
     gain = fit_gain(judge(model, tune, progress=progress)['rows'])
@@ -1064,7 +1064,7 @@ def judged_card(model, out, data, tune, of, r, name, seed, encoder, progress):
     text = f'{data.layout}: {len(data)} pictures'
     return save_counting(model, out/'judged', counting_card(r, name, seed, text, figures, encoder, gain=gain, history=told(out/'judged'/'history.csv')))
 
-# %% ../nbs/05_counting.ipynb #05-counting-131
+# %% ../nbs/05_counting.ipynb #05-counting-135
 PURE = 'fastai', 'fastcore', 'fastprogress', 'fastdownload', 'fasttransform', 'plum', 'beartype', 'rich' # what is not on such a machine
 
 def carried(name, # a package that can be imported here
@@ -1082,7 +1082,7 @@ def carried(name, # a package that can be imported here
     for f in d.files or ():
         if 'LICENSE' in f.name.upper(): shutil.copy(f.locate(), about)
 
-# %% ../nbs/05_counting.ipynb #05-counting-133
+# %% ../nbs/05_counting.ipynb #05-counting-137
 def stand_in(site):
     "Tags for fastprogress, where it asks FastHTML for them"
     if 'fasthtml' not in (Path(site)/'fastprogress'/'fastprogress.py').read_text(encoding='utf-8'): return
@@ -1100,7 +1100,7 @@ def carried_encoder(name, site):
     (to/'__init__.py').touch()
     torch.save({k: halved(v) for k, v in torch.load(file, weights_only=True).items()}, to/'models'/file.name)
 
-# %% ../nbs/05_counting.ipynb #05-counting-135
+# %% ../nbs/05_counting.ipynb #05-counting-139
 TRAIN = '''"Train the counting model from this folder: nothing is installed, nothing is fetched"
 import argparse, json, sys
 from pathlib import Path
@@ -1135,7 +1135,7 @@ def pack_code(out, encoder='lite0'):
     carried_encoder(encoder, site)
     (out/'train.py').write_text(TRAIN, encoding='utf-8')
 
-# %% ../nbs/05_counting.ipynb #05-counting-137
+# %% ../nbs/05_counting.ipynb #05-counting-141
 def on_disk(n): return -(-n//4096)*4096 # bytes that a file of n bytes takes
 
 def size_of(folder): return sum(on_disk(p.stat().st_size) if p.is_file() else 4096 for p in Path(folder).rglob('*'))
@@ -1149,6 +1149,7 @@ def places(item, # an `Item`
         return half/'images'/item.image.name, half/'ground-truth'/item.annotation.name
     return tuple(Path(o).relative_to(root) for o in (item.image, item.annotation))
 
+# %% ../nbs/05_counting.ipynb #05-counting-143
 def coded(item,   # an `Item`
           quality # of JPEG, or None
          )->bytes: # of the picture's file
@@ -1159,7 +1160,7 @@ def coded(item,   # an `Item`
     Image.fromarray(item.rgb()).save(b, 'JPEG', quality=quality, optimize=True)
     return min(raw, b.getvalue(), key=len)
 
-# %% ../nbs/05_counting.ipynb #05-counting-139
+# %% ../nbs/05_counting.ipynb #05-counting-145
 def fitting_quality(items, # `Item`s
                     room,  # bytes
                     lowest=20 # below it crowds are spoilt
@@ -1181,7 +1182,7 @@ def fitting_quality(items, # `Item`s
     least = total(lowest)/2**20
     raise ValueError(f'{len(items)} pictures: expected at most {room/2**20:.1f} MiB, found {least:.1f} at JPEG quality {lowest}; pack one part at a time')
 
-# %% ../nbs/05_counting.ipynb #05-counting-141
+# %% ../nbs/05_counting.ipynb #05-counting-147
 def pack(data,         # folder of a data set, or a `CrowdData`
          out,          # folder to make
          part=None,    # only this part
@@ -1207,7 +1208,7 @@ def pack(data,         # folder of a data set, or a `CrowdData`
     finally: shutil.rmtree(new, ignore_errors=True)
     return about
 
-# %% ../nbs/05_counting.ipynb #05-counting-142
+# %% ../nbs/05_counting.ipynb #05-counting-148
 def pack_data(items, root, to, room):
     "Annotations, then pictures into what they leave of `room` bytes"
     where = {o: places(o, root) for o in items}
@@ -1222,7 +1223,7 @@ def pack_data(items, root, to, room):
         (to/place).write_bytes(b)
     return dict(pictures=len(items), reencoded=changed, quality=quality)
 
-# %% ../nbs/05_counting.ipynb #05-counting-151
+# %% ../nbs/05_counting.ipynb #05-counting-158
 def mixed(old,  # state dict
           new,  # state dict
           share # of the new one, 0..1
@@ -1230,7 +1231,7 @@ def mixed(old,  # state dict
     "Weights between two models of one origin"
     return {k: torch.lerp(v.float(), new[k].float(), share) if v.is_floating_point() else new[k] for k, v in old.items()}
 
-# %% ../nbs/05_counting.ipynb #05-counting-154
+# %% ../nbs/05_counting.ipynb #05-counting-161
 def own_sides(data,  # a `CrowdData`
               seed=0
              )->list:# `CrowdData` to learn from, to tune on, to judge
@@ -1242,7 +1243,7 @@ def own_sides(data,  # a `CrowdData`
     if not kept: rest, kept = rest[:-most], rest[-most:]
     return [data.new(o) for o in (rest[:-most], rest[-most:], kept)]
 
-# %% ../nbs/05_counting.ipynb #05-counting-157
+# %% ../nbs/05_counting.ipynb #05-counting-164
 FINE = dict(judged=20, final=0, size=256, bs=8, alpha=.05, lr=(0., 3e-4), decay=.98, frozen=9, made=(30, 30), compiled=False)
 
 def fine_tune(weights,      # `.safetensors` of a counting model
@@ -1263,7 +1264,7 @@ def fine_tune(weights,      # `.safetensors` of a counting model
     new = fit_phase(Path(out)/'fine', add_scenes(train, *made, seed), tune, epochs, r, seed, old, resume, card.get('encoder', 'lite0'), report).state_dict()
     return best_mixture(model, old, new, tune, valid, before, out, card, r, seed)
 
-# %% ../nbs/05_counting.ipynb #05-counting-159
+# %% ../nbs/05_counting.ipynb #05-counting-166
 def best_mixture(model, old, new, tune, valid, before, out, card, recipe, seed):
     "Choose the share of the new weights on `tune`, report `valid`, save"
     def error(share):

@@ -644,6 +644,7 @@ def _enlarged(human, # (h, w) float16
         out[slice(*part)] = _window(human, size_hw, part, (0, size_hw[1]))
     return out
 
+# %% ../nbs/07_inference.ipynb #07-inference-077s
 def _segment(model, rgb, scale):
     "Estimate of a segmentation model"
     at = min((LARGE/(rgb.shape[0]*rgb.shape[1]))**.5, 1.) if scale is None else float(scale)
@@ -928,6 +929,7 @@ def settle(path, # model, run folder
     for p in files: update_card(p, interval=rule)
     return dict(scale=scale, interval=rule, int8=load(path, threads).card.get('int8'))
 
+# %% ../nbs/07_inference.ipynb #07-inference-116c
 def coverage(true, # (n,) people
              low, high # (n,) ends of the intervals
             )->dict: # by third: n, share inside, its 95 % binomial interval, mean width over the true count

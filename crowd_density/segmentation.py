@@ -783,8 +783,8 @@ def readable(items, # a `CrowdData`
 RECIPES = dict(
     quick=dict(epochs=4, per_item=4, size=192, bs=8, lr=1e-3, frozen=1, last_cross=True, weight=[1., 2.], patience=None),
     report=dict(epochs=20, per_item=1, size=256, bs=8, lr=1e-3, frozen=1, last_cross=True, weight=[1., 4.], patience=4, square=True),
-    release=dict(epochs=44, per_item=1, size=256, tune_size=384, bs=8, lr=1e-3, frozen=1, last_cross=False, weight=[1., 1.5], patience=None,
-                 average=.998, made=(40, 120), share=.12))
+    release=dict(epochs=44, per_item=1, size=256, tune_size=384, bs=8, lr=1e-3, frozen=1, last_cross=False, weight=[1., 1.5], patience=None))
+RECIPES['release'] |= dict(average=.998, made=(40, 120), share=.12) # of weights; generated pictures with and without people, and their part
 
 # %% ../nbs/04_segmentation.ipynb #04-segmentat-101
 def finish_segmentation(learn, # trained Learner

@@ -1,7 +1,7 @@
 """What is asked, sent or configured wrongly, again and again, leaves nothing behind: memory of a process of its own while it is fuzzed.
 
 Each round does the same amount of everything; the first rounds fill caches and pools, and after them memory stays. `--slow` runs many rounds."""
-import io, json, os, random, signal, subprocess, sys, textwrap, time
+import io, json, os, random, signal, subprocess, sys, textwrap
 from pathlib import Path
 
 import numpy as np, pytest
