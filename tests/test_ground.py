@@ -501,4 +501,4 @@ def test_model_over_many_clips():
     off = model_off(range(8), 8)
     print(f'{len(off)} zones: mean {100*off.mean():+.1f} %, largest {100*np.abs(off).max():.0f} %, '
         f'{100*np.mean(np.abs(off) < .2):.0f} % within 20 %')
-    assert abs(off.mean()) < .2 and np.mean(np.abs(off) < .2) > .8
+    assert len(off) > 50 and np.abs(off).max() < .2 and abs(off.mean()) < .1
