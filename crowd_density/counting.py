@@ -42,7 +42,7 @@ from torch import nn
 from .data import CrowdData, DataError, atomic, inside, is_image, open_data, split_of, training_items
 from .evaluation import count_scores, curves, png, triptych
 from .preprocessing import count_grid
-from .segmentation import LITE_STATS, _lite_file, export_onnx, lite_encoder, load_weights, read_card, save_weights
+from .segmentation import LITE_STATS, _lite_file, export_onnx, follow, lite_encoder, load_weights, read_card, save_weights, still
 from .synthetic import empty_scene, scene
 
 # %% ../nbs/05_counting.ipynb #05-counting-007
@@ -53,7 +53,7 @@ def conv_norm(ni, # channels in
     "The brick of the pyramid"
     return nn.Sequential(nn.Conv2d(ni, nf, ks, padding=ks//2, bias=False), nn.BatchNorm2d(nf), nn.ReLU(inplace=True))
 
-# %% ../nbs/05_counting.ipynb #05-counting-008
+# %% ../nbs/05_counting.ipynb #05-counting-009
 def tapped(layers, # flat `nn.Sequential`
            x,      # (n, c, h, w)
            taps    # numbers of layers whose output is wanted
@@ -73,7 +73,7 @@ def looked(encoder, taps):
     encoder.train(was)
     return out
 
-# %% ../nbs/05_counting.ipynb #05-counting-010
+# %% ../nbs/05_counting.ipynb #05-counting-013
 BINS = 0., 1., 2., 3., 5. # people per cell that the head of bins chooses among
 
 def plain_people(raw): return F.softplus(raw)
@@ -82,7 +82,7 @@ def binned_people(raw): return sum(p*n for p, n in zip(raw.softmax(1).split(1, 1
 
 HEADS = dict(people=(1, plain_people), inflated=(2, inflated_people), bins=(len(BINS), binned_people)) # channels, and what makes people of them
 
-# %% ../nbs/05_counting.ipynb #05-counting-012
+# %% ../nbs/05_counting.ipynb #05-counting-016
 class CountingModel(nn.Module):
     "Picture (n, 3, h, w), normalised, sides divisible by 32 → people per cell (n, 1, h/8, w/8), never negative"
     stride, multiple = 8, 32
@@ -131,7 +131,7 @@ class CountingModel(nn.Module):
         found = self.people(raw)*self.gain
         return torch.cat([found, raw], 1) if self.training and raw.shape[1] > 1 else found
 
-# %% ../nbs/05_counting.ipynb #05-counting-014
+# %% ../nbs/05_counting.ipynb #05-counting-018
 def compile_stem(model, # a `CountingModel` frozen to its first tap
                  x      # a batch of the shape it will be trained with
                 ):      # the model, whose frozen layers run compiled while it trains; as before where there is no compiler
@@ -145,13 +145,13 @@ def compile_stem(model, # a `CountingModel` frozen to its first tap
     else: model.fast = fast if same else None
     return model
 
-# %% ../nbs/05_counting.ipynb #05-counting-017
+# %% ../nbs/05_counting.ipynb #05-counting-021
 def n_parameters(model # any module
                 )->int: # numbers that training may change
     "Size of a model"
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-# %% ../nbs/05_counting.ipynb #05-counting-020
+# %% ../nbs/05_counting.ipynb #05-counting-024
 def negative_binomial(predicted, # expected counts > 0, any shape
                       true,      # counts, same shape
                       alpha=.05  # over-dispersion: variance = λ + αλ²; 0 is Poisson
@@ -164,7 +164,7 @@ def negative_binomial(predicted, # expected counts > 0, any shape
         best = t*torch.log1p(alpha*t) - torch.xlogy(t, t) + torch.log1p(alpha*t)/alpha
     return loss - best
 
-# %% ../nbs/05_counting.ipynb #05-counting-022
+# %% ../nbs/05_counting.ipynb #05-counting-026
 def block_sums(density, # (n, 1, h, w) people per cell, sides divisible by `k`
                k        # side of a block, cells
               ):        # (n, 1, h/k, w/k) people per block
@@ -185,7 +185,7 @@ class BlockLoss(nn.Module):
         sums.append((pred.sum((1, 2, 3)), targ.sum((1, 2, 3))))
         return sum(negative_binomial(p, t, self.alpha).sum() for p, t in sums)/len(pred)*self.scale
 
-# %% ../nbs/05_counting.ipynb #05-counting-026
+# %% ../nbs/05_counting.ipynb #05-counting-030
 class InflatedLoss(BlockLoss):
     "Zero-inflated Poisson in the cells, `BlockLoss` in larger blocks"
     def forward(self, pred, targ):
@@ -204,7 +204,7 @@ class BinLoss(BlockLoss):
         cells = F.cross_entropy(pred[:, 1:], true, reduction='sum')/len(pred)*self.scale
         return cells + BlockLoss(self.alpha, self.blocks[1:], self.scale)(pred[:, :1], targ)
 
-# %% ../nbs/05_counting.ipynb #05-counting-028
+# %% ../nbs/05_counting.ipynb #05-counting-032
 def near(n,     # cells a side
          width, # cells: exp(-d²/width)
          like   # tensor for type and device
@@ -244,7 +244,7 @@ class TransportLoss(nn.Module):
         apart = ((pred/total.clamp_min(1e-6) - b).abs().sum((1, 2, 3), keepdim=True)*true).sum()/2
         return ((total - true).abs().sum() + .1*(pred*slope).sum() + .01*apart)/n*self.scale
 
-# %% ../nbs/05_counting.ipynb #05-counting-029
+# %% ../nbs/05_counting.ipynb #05-counting-033
 class SquareLoss(nn.Module):
     "The classic: squared error of the cells"
     def forward(self, pred, targ): return ((pred - targ)**2).sum()/len(pred)*.02
@@ -252,7 +252,7 @@ class SquareLoss(nn.Module):
 LOSSES = dict(blocks=(BlockLoss, 'people'), poisson=(partial(BlockLoss, 0.), 'people'), inflated=(InflatedLoss, 'inflated'), bins=(BinLoss, 'bins'),
               bayesian=(BayesianLoss, 'people'), transport=(TransportLoss, 'people'), squares=(SquareLoss, 'people')) # and the head that each needs
 
-# %% ../nbs/05_counting.ipynb #05-counting-035
+# %% ../nbs/05_counting.ipynb #05-counting-039
 class Atlas:
     "Pictures as uint8 tensors (3, h, w) on `device`, with their head points and what kind each is"
     def __init__(self, device='cpu'): self.device, self.rgbs, self.points, self.kinds, self.names = device, [], [], [], []
@@ -269,11 +269,10 @@ class Atlas:
     def add_items(self, items, progress=None):
         "Every readable item; its part is its kind"
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            for o, rgb in (progress(list(zip(items, pool.map(lambda o: o.rgb(), items)))) if progress else zip(items, pool.map(lambda o: o.rgb(), items))):
-                self.add(rgb, o.points(), o.part or 'own', o.name)
+            for o, rgb in zip(progress(items) if progress else items, pool.map(lambda o: o.rgb(), items)): self.add(rgb, o.points(), o.part or 'own', o.name)
         return self
 
-# %% ../nbs/05_counting.ipynb #05-counting-037
+# %% ../nbs/05_counting.ipynb #05-counting-041
 def add_scenes(atlas,          # an `Atlas`
                n_scenes=80,    # generated scenes with people
                n_empty=120,    # generated pictures without people
@@ -291,7 +290,7 @@ def add_scenes(atlas,          # an `Atlas`
     for i, s in zip(seeds[1], empty): atlas.add(s.rgb, s.points_xy, 'empty', f'{s.kind} {i}')
     return atlas
 
-# %% ../nbs/05_counting.ipynb #05-counting-040
+# %% ../nbs/05_counting.ipynb #05-counting-044
 SCALES = dict(A=(.7, 2.), B=(.45, 2.2), scene=(.5, 1.6), empty=(.4, 2.), own=(.5, 2.))
 
 def cut(rgb,       # (3, h, w) uint8 tensor
@@ -308,7 +307,7 @@ def cut(rgb,       # (3, h, w) uint8 tensor
     if side != size: patch = F.interpolate(patch, (size, size), mode='bilinear', antialias=side > size, align_corners=False)
     return patch[0], inside((points_xy - [x, y])*(size/side), (size, size))
 
-# %% ../nbs/05_counting.ipynb #05-counting-045
+# %% ../nbs/05_counting.ipynb #05-counting-049
 def tone(x,   # (n, 3, h, w) in 0..1
          rng  # numpy Generator
         ):    # same shape
@@ -324,7 +323,7 @@ def tone(x,   # (n, 3, h, w) in 0..1
     mean = x.mean((1, 2, 3), keepdim=True)
     return ((x - mean)*draw(.8, 1.2) + mean*draw(.85, 1.15)).clamp(0, 1)
 
-# %% ../nbs/05_counting.ipynb #05-counting-047
+# %% ../nbs/05_counting.ipynb #05-counting-051
 def dct_matrix(n=8 # side of a block, pixels
               )->torch.Tensor: # (n, n) orthonormal
     "Matrix of the discrete cosine transform that JPEG uses"
@@ -347,7 +346,7 @@ def jpeg_like(x,      # (n, 3, h, w) in 0..1, sides divisible by 8
     f = torch.round(f/step)*step
     return (d.T@f@d).transpose(3, 4).reshape(n, c, h, w).clamp(0, 1)
 
-# %% ../nbs/05_counting.ipynb #05-counting-049
+# %% ../nbs/05_counting.ipynb #05-counting-053
 def blur(x,    # (n, 3, h, w)
          sigma # standard deviation, pixels
         ):     # same shape
@@ -371,7 +370,7 @@ def wear(x,  # (n, 3, h, w) in 0..1
     if len(some): x[some] = jpeg_like(x[some], rng.uniform(8, 70, len(some)))
     return x
 
-# %% ../nbs/05_counting.ipynb #05-counting-051
+# %% ../nbs/05_counting.ipynb #05-counting-055
 def cut_outs(x,      # (n, 3, h, w)
              points, # list of (m, 2)
              rng,    # numpy Generator
@@ -387,7 +386,7 @@ def cut_outs(x,      # (n, 3, h, w)
         out[i] = p[~((p[:, 0] >= x0) & (p[:, 0] < x0 + b) & (p[:, 1] >= y) & (p[:, 1] < y + a))]
     return x, out
 
-# %% ../nbs/05_counting.ipynb #05-counting-056
+# %% ../nbs/05_counting.ipynb #05-counting-060
 def targets(points, # list of (m, 2)
             size,   # side of the crops, pixels
             device='cpu'
@@ -432,14 +431,14 @@ class CropLoader(DataLoader):
         rng = np.random.default_rng([self.seed, self.epoch])
         for ids in self.order(rng).reshape(-1, self.bs): yield tuple(o[self.mine] for o in self.batch(ids, rng))
 
-# %% ../nbs/05_counting.ipynb #05-counting-057
+# %% ../nbs/05_counting.ipynb #05-counting-061
 def normalised(x # (n, 3, h, w) in 0..1
               ): # same shape, with the encoder's statistics
     "Channels as the encoder was trained with"
     mean, std = (torch.tensor(s, dtype=x.dtype, device=x.device).view(1, 3, 1, 1) for s in LITE_STATS)
     return ((x - mean)/std).contiguous(memory_format=torch.channels_last)
 
-# %% ../nbs/05_counting.ipynb #05-counting-059
+# %% ../nbs/05_counting.ipynb #05-counting-063
 class FixedCrops(DataLoader):
     "Undisturbed centre crops for the validation loss of every epoch"
     def __init__(self, atlas, bs=8, size=320):
@@ -457,7 +456,7 @@ class FixedCrops(DataLoader):
             x, p = zip(*[cut(self.atlas.rgbs[i], self.atlas.points[i], self.size, 1., (.5, .5)) for i in ids])
             yield normalised(torch.stack(x)), targets(p, self.size, x[0].device)
 
-# %% ../nbs/05_counting.ipynb #05-counting-063
+# %% ../nbs/05_counting.ipynb #05-counting-067
 class Bank:
     "Pictures of an `Atlas` as flat tensors; whole batches are drawn on its device"
     sizes = 1., 2**-.5, .5
@@ -494,7 +493,7 @@ class Bank:
         r, g, b = rgb.int()
         return r | g << 8 | b << 16
 
-# %% ../nbs/05_counting.ipynb #05-counting-064
+# %% ../nbs/05_counting.ipynb #05-counting-068
 def kind_shares(kinds,  # (n,) kind of each picture
                 mixed,  # share of generated pictures among the crops
                 scenes  # share of those with people among the generated
@@ -506,7 +505,7 @@ def kind_shares(kinds,  # (n,) kind of each picture
     for k, s in made.items(): out = out + (kinds == k)*s/max((kinds == k).sum(), 1)
     return out
 
-# %% ../nbs/05_counting.ipynb #05-counting-066
+# %% ../nbs/05_counting.ipynb #05-counting-070
 @patch
 def crops(self:Bank,
           i,     # (n,) numbers of pictures
@@ -546,7 +545,7 @@ def people(self:Bank, i, side, y0, x0, flip,
     cell = torch.where(ok, (y/CountingModel.stride).long()*m + (x/CountingModel.stride).long(), m*m)
     return torch.zeros(len(i), m*m + 1, device=self.device).scatter_add_(1, cell.clamp(0, m*m), ok.float())[:, :-1].view(-1, 1, m, m)
 
-# %% ../nbs/05_counting.ipynb #05-counting-068
+# %% ../nbs/05_counting.ipynb #05-counting-072
 class Dice:
     "`random` and `uniform` as numpy's generator has them, drawn on a device"
     def __init__(self, device): self.device = device
@@ -589,7 +588,7 @@ def draw(self:Bank):
     mean, std = self.stats
     return ((x - mean)/std).contiguous(memory_format=torch.channels_last), self.people(*place, cover)
 
-# %% ../nbs/05_counting.ipynb #05-counting-074
+# %% ../nbs/05_counting.ipynb #05-counting-078
 class Average(Callback):
     "Keeps an exponential running average of the weights and validates with it"
     order = 5
@@ -601,16 +600,13 @@ class Average(Callback):
     @torch.no_grad()
     def after_step(self):
         self.n += 1
-        d = min(self.decay, (1 + self.n)/(10 + self.n))
-        ours, theirs = self.model.state_dict(), bare(self.learn.model).state_dict()
-        fl = [k for k, v in ours.items() if v.is_floating_point()]
-        torch._foreach_lerp_([ours[k] for k in fl], [theirs[k] for k in fl], 1 - d)
+        follow(self.model.state_dict(), bare(self.learn.model).state_dict(), still(self.n, self.decay))
 
     def before_validate(self): self.trained, self.learn.model = self.learn.model, self.model.eval()
     def after_validate(self): self.learn.model = self.trained
     def after_cancel_validate(self): self.after_validate()
 
-# %% ../nbs/05_counting.ipynb #05-counting-076
+# %% ../nbs/05_counting.ipynb #05-counting-080
 def plain_copy(model # a `CountingModel`, perhaps compiled
               )->CountingModel: # a copy that shares nothing with it
     "Copy of a model without its compiled layers"
@@ -620,9 +616,9 @@ def plain_copy(model # a `CountingModel`, perhaps compiled
 
 def bare(model): return getattr(model, 'module', model) # without what distributed training wraps around it
 
-# %% ../nbs/05_counting.ipynb #05-counting-077
+# %% ../nbs/05_counting.ipynb #05-counting-082
 class Checkpoint(Callback):
-    "Writes everything a run needs to go on, every few minutes at the end of an epoch; stops after `limit_s`"
+    "Writes everything a run needs to go on, every few minutes at the end of an epoch"
     order = 95
     def __init__(self, path, average, every_s=180): self.path, self.average, self.every_s, self.last = Path(path), average, every_s, time.time()
 
@@ -641,7 +637,7 @@ class Checkpoint(Callback):
         with atomic(self.path) as tmp: torch.save(state, tmp)
         self.last = time.time()
 
-# %% ../nbs/05_counting.ipynb #05-counting-079
+# %% ../nbs/05_counting.ipynb #05-counting-085
 class SkipTo(Callback):
     "Goes on at `epoch` with the schedule as if the earlier epochs had been run here"
     order = 70
@@ -684,19 +680,19 @@ class History(Callback):
             w.writerow(row)
         if self.report: self.report({**row, 'epochs': self.whole(), 'left_s': self.left_s()})
 
-# %% ../nbs/05_counting.ipynb #05-counting-081
+# %% ../nbs/05_counting.ipynb #05-counting-087
 def crop_mae(pred, targ):
     "Mean absolute error of a crop's count, people"
     return (pred.sum((1, 2, 3)) - targ.sum((1, 2, 3))).abs().mean()
 
-# %% ../nbs/05_counting.ipynb #05-counting-083
+# %% ../nbs/05_counting.ipynb #05-counting-090
 def optimizer(model_params, lr, fused=True, wd=1e-2):
     "AdamW in one fused step a group, as a fastai optimiser"
     return OptimWrapper(model_params, torch.optim.AdamW, lr=lr, weight_decay=wd, fused=fused, betas=(.9, .99))
 
 def halves(model): return [list(model.encoder.parameters()), [p for n, p in model.named_parameters() if not n.startswith('encoder.')]]
 
-# %% ../nbs/05_counting.ipynb #05-counting-085
+# %% ../nbs/05_counting.ipynb #05-counting-092
 def counting_learner(dls,        # `DataLoaders` of a `CropLoader` and a `FixedCrops`
                      model=None, # a `CountingModel`
                      loss=None,  # default `BlockLoss()`
@@ -710,7 +706,7 @@ def counting_learner(dls,        # `DataLoaders` of a `CropLoader` and a `FixedC
     learn.add_cb(GradientClip(1.))
     return learn
 
-# %% ../nbs/05_counting.ipynb #05-counting-088
+# %% ../nbs/05_counting.ipynb #05-counting-095
 class Places(DataLoader):
     "As many batches as an epoch has for `Captured`; it draws the real ones itself"
     def __init__(self, bank, crops, times=8):
@@ -752,7 +748,7 @@ class Captured(Callback):
             torch._foreach_mul_(step, self.rest)
             torch._foreach_add_(self.pairs[0], step)
 
-# %% ../nbs/05_counting.ipynb #05-counting-090
+# %% ../nbs/05_counting.ipynb #05-counting-097
 @patch
 def record(self:Captured):
     "Warm up on a stream of its own, then record one step"
@@ -778,7 +774,7 @@ def before_batch(self:Captured):
     for t, g in zip(self.rates, self.opt.opt.param_groups): t.fill_(float(g['lr']))
     for _ in range(self.times):
         self.average.n += 1
-        self.rest.fill_(1 - min(self.average.decay, (1 + self.average.n)/(10 + self.average.n)))
+        self.rest.fill_(1 - still(self.average.n, self.average.decay))
         self.graph.replay() if self.graph else self.step()
     self.learn.loss = self.total/self.times
     raise CancelBatchException
@@ -789,7 +785,7 @@ def compiled_whole(model # a `CountingModel`
     torch._dynamo.reset()
     return torch.compile(model, dynamic=False)
 
-# %% ../nbs/05_counting.ipynb #05-counting-092
+# %% ../nbs/05_counting.ipynb #05-counting-099
 def agreed(x,      # number
            device  # where the processes exchange tensors
           )->float: # the first process's
@@ -819,7 +815,7 @@ class Minutes(Callback):
         self.begun = self.begun or time.time()
         self.learn.pct_train = min(self.share, 1.)
 
-# %% ../nbs/05_counting.ipynb #05-counting-097
+# %% ../nbs/05_counting.ipynb #05-counting-104
 def several(learn, device):
     "Callbacks that make this process train with the others, where there are others"
     if num_distrib() < 2: return []
@@ -837,7 +833,7 @@ def own_device()->str:
     if not torch.cuda.is_available(): return 'cpu'
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if num_distrib() > 1 else 'cuda'
 
-# %% ../nbs/05_counting.ipynb #05-counting-101
+# %% ../nbs/05_counting.ipynb #05-counting-108
 @torch.inference_mode()
 def density_of(model, # a `CountingModel` in evaluation mode
                rgb    # (h, w, 3) uint8
@@ -849,7 +845,7 @@ def density_of(model, # a `CountingModel` in evaluation mode
     x = F.pad(normalised(x), (0, -w % m, 0, -h % m))
     return model(x)[0, 0, :-(-h//s), :-(-w//s)].cpu().numpy()
 
-# %% ../nbs/05_counting.ipynb #05-counting-103
+# %% ../nbs/05_counting.ipynb #05-counting-110
 def judge(model,        # a `CountingModel`
           atlas,        # an `Atlas` of whole pictures
           every=1,      # judge every n-th
@@ -866,7 +862,7 @@ def judge(model,        # a `CountingModel`
         out[k] = dict(n=len(t), **count_scores(t, p), constant_mae=float(np.abs(t - t.mean()).mean()))
     return out
 
-# %% ../nbs/05_counting.ipynb #05-counting-106
+# %% ../nbs/05_counting.ipynb #05-counting-113
 def told(file # `history.csv` of a phase
         )->list: # a list of figures for each epoch, in the order of `History`'s columns
     "The course of a run"
@@ -889,7 +885,7 @@ def sketch(out,  # folder of a phase, with its `history.csv`
     for name, fig in figures.items():
         with atomic(out/f'{name}.png') as tmp: tmp.write_bytes(png(fig))
 
-# %% ../nbs/05_counting.ipynb #05-counting-109
+# %% ../nbs/05_counting.ipynb #05-counting-116
 RECIPES = dict(
     trial=dict(judged=12, final=0, size=256, bs=8, alpha=.05, lr=(3e-4, 1e-3), decay=.99, frozen=4, made=(80, 120), compiled=False),
     quick=dict(judged=38, final=0, size=256, bs=8, alpha=.05, lr=(3e-4, 1e-3), decay=.998, frozen=4, made=(80, 120), compiled=True),
@@ -908,7 +904,7 @@ def flat_cos(lr,       # (encoder, head) rates
     fs = [rate(o) for o in lr]
     return ParamScheduler(dict(lr=lambda pos: [f(pos) for f in fs]))
 
-# %% ../nbs/05_counting.ipynb #05-counting-112
+# %% ../nbs/05_counting.ipynb #05-counting-119
 def fit_phase(out,         # folder of the phase: checkpoint, history
               atlas,       # `Atlas` to train on
               tune,        # `Atlas` for the validation loss
@@ -943,7 +939,7 @@ def fit_phase(out,         # folder of the phase: checkpoint, history
         with learn.no_bar(), learn.no_logging(): learn.fit(10_000 if minutes else epochs, cbs=cbs)
     return average.model.eval()
 
-# %% ../nbs/05_counting.ipynb #05-counting-113
+# %% ../nbs/05_counting.ipynb #05-counting-120
 def restore(learn, average, file # `checkpoint.pth` of the same recipe
            )->int: # epochs that are done
     "Put a learner and its average back where the checkpoint left them"
@@ -955,7 +951,7 @@ def restore(learn, average, file # `checkpoint.pth` of the same recipe
     average.n = s['steps']
     return s['epoch']
 
-# %% ../nbs/05_counting.ipynb #05-counting-119
+# %% ../nbs/05_counting.ipynb #05-counting-126
 def fit_gain(rows,       # (name, kind, true, predicted) of pictures that were not trained on
              lo=.85, hi=1.2 # bounds
             )->float:    # factor for the predicted counts
@@ -964,7 +960,7 @@ def fit_gain(rows,       # (name, kind, true, predicted) of pictures that were n
     def error(c): return sum(np.abs(c*p - t).mean()/max(t.mean(), 1) for t, p in parts)
     return float(min(np.linspace(lo, hi, 351), key=error))
 
-# %% ../nbs/05_counting.ipynb #05-counting-122
+# %% ../nbs/05_counting.ipynb #05-counting-129
 def reported(scores # what `judge` returns
             )->dict: # the same without the rows, rounded
     "Figures for a card"
@@ -979,7 +975,7 @@ def counting_card(recipe, name, seed, data, figures, encoder='lite0', **more):
                 versions={p: version(p) for p in ('torch', 'fastai', 'timm', 'numpy')} | dict(python=platform.python_version()),
                 created=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), figures=figures, **more)
 
-# %% ../nbs/05_counting.ipynb #05-counting-124
+# %% ../nbs/05_counting.ipynb #05-counting-131
 def save_counting(model, out, card):
     "`model.safetensors` and its ONNX twin in folder `out`; returns the card as written"
     model = plain_copy(model).cpu()
@@ -989,7 +985,7 @@ def save_counting(model, out, card):
         warnings.warn(f'no ONNX copy ({type(e).__name__}: {str(e)[:80]}); write it with `crowd-density export {Path(out)/"model.safetensors"}`')
     return card
 
-# %% ../nbs/05_counting.ipynb #05-counting-126
+# %% ../nbs/05_counting.ipynb #05-counting-133
 def settled(out,    # folder of the run
             recipe, # a dict, or a name in `RECIPES`
             resume, # go on with what is there?
@@ -1008,7 +1004,7 @@ def settled(out,    # folder of the run
         with atomic(file) as tmp: tmp.write_text(json.dumps(run))
     return recipe
 
-# %% ../nbs/05_counting.ipynb #05-counting-129
+# %% ../nbs/05_counting.ipynb #05-counting-136
 def train_counting(data,            # folder of a data set, or a `CrowdData`
                    out,             # folder of the run
                    recipe='quick',  # a name in `RECIPES`, or a dict
@@ -1038,7 +1034,7 @@ def made(atlas, recipe, seed):
     n = os.cpu_count() or 1
     return add_scenes(atlas, *recipe['made'], seed, workers=n if n > 4 else 0)
 
-# %% ../nbs/05_counting.ipynb #05-counting-131
+# %% ../nbs/05_counting.ipynb #05-counting-138
 def finish(model, out, data, train, tune, of, r, name, seed, resume, encoder, report, progress, minutes=None):
     "Gain and figures of the judged phase, then the final phase on everything, and the files: the first process judges and writes, the others help to train"
     first = not rank_distrib()
@@ -1054,7 +1050,7 @@ def finish(model, out, data, train, tune, of, r, name, seed, resume, encoder, re
     model.gain.fill_(card['gain'])
     return save_counting(model, out, {**card, 'split': 'all training pictures; figures are those of the judged phase, trained on train alone'})
 
-# %% ../nbs/05_counting.ipynb #05-counting-133
+# %% ../nbs/05_counting.ipynb #05-counting-140
 def judged_card(model, out, data, tune, of, r, name, seed, encoder, progress):
     "Fit the gain on `tune`, judge `tune` and `valid`, save; returns the card"
     gain = fit_gain(judge(model, tune, progress=progress)['rows'])
@@ -1064,7 +1060,7 @@ def judged_card(model, out, data, tune, of, r, name, seed, encoder, progress):
     text = f'{data.layout}: {len(data)} pictures'
     return save_counting(model, out/'judged', counting_card(r, name, seed, text, figures, encoder, gain=gain, history=told(out/'judged'/'history.csv')))
 
-# %% ../nbs/05_counting.ipynb #05-counting-135
+# %% ../nbs/05_counting.ipynb #05-counting-142
 PURE = 'fastai', 'fastcore', 'fastprogress', 'fastdownload', 'fasttransform', 'plum', 'beartype', 'rich' # what is not on such a machine
 
 def carried(name, # a package that can be imported here
@@ -1082,7 +1078,7 @@ def carried(name, # a package that can be imported here
     for f in d.files or ():
         if 'LICENSE' in f.name.upper(): shutil.copy(f.locate(), about)
 
-# %% ../nbs/05_counting.ipynb #05-counting-137
+# %% ../nbs/05_counting.ipynb #05-counting-144
 def stand_in(site):
     "Tags for fastprogress, where it asks FastHTML for them"
     if 'fasthtml' not in (Path(site)/'fastprogress'/'fastprogress.py').read_text(encoding='utf-8'): return
@@ -1100,7 +1096,7 @@ def carried_encoder(name, site):
     (to/'__init__.py').touch()
     torch.save({k: halved(v) for k, v in torch.load(file, weights_only=True).items()}, to/'models'/file.name)
 
-# %% ../nbs/05_counting.ipynb #05-counting-139
+# %% ../nbs/05_counting.ipynb #05-counting-146
 TRAIN = '''"Train the counting model from this folder: nothing is installed, nothing is fetched"
 import argparse, json, sys
 from pathlib import Path
@@ -1135,7 +1131,7 @@ def pack_code(out, encoder='lite0'):
     carried_encoder(encoder, site)
     (out/'train.py').write_text(TRAIN, encoding='utf-8')
 
-# %% ../nbs/05_counting.ipynb #05-counting-141
+# %% ../nbs/05_counting.ipynb #05-counting-148
 def on_disk(n): return -(-n//4096)*4096 # bytes that a file of n bytes takes
 
 def size_of(folder): return sum(on_disk(p.stat().st_size) if p.is_file() else 4096 for p in Path(folder).rglob('*'))
@@ -1149,7 +1145,7 @@ def places(item, # an `Item`
         return half/'images'/item.image.name, half/'ground-truth'/item.annotation.name
     return tuple(Path(o).relative_to(root) for o in (item.image, item.annotation))
 
-# %% ../nbs/05_counting.ipynb #05-counting-143
+# %% ../nbs/05_counting.ipynb #05-counting-150
 def coded(item,   # an `Item`
           quality # of JPEG, or None
          )->bytes: # of the picture's file
@@ -1160,7 +1156,7 @@ def coded(item,   # an `Item`
     Image.fromarray(item.rgb()).save(b, 'JPEG', quality=quality, optimize=True)
     return min(raw, b.getvalue(), key=len)
 
-# %% ../nbs/05_counting.ipynb #05-counting-145
+# %% ../nbs/05_counting.ipynb #05-counting-152
 def fitting_quality(items, # `Item`s
                     room,  # bytes
                     lowest=20 # below it crowds are spoilt
@@ -1182,7 +1178,7 @@ def fitting_quality(items, # `Item`s
     least = total(lowest)/2**20
     raise ValueError(f'{len(items)} pictures: expected at most {room/2**20:.1f} MiB, found {least:.1f} at JPEG quality {lowest}; pack one part at a time')
 
-# %% ../nbs/05_counting.ipynb #05-counting-147
+# %% ../nbs/05_counting.ipynb #05-counting-154
 def pack(data,         # folder of a data set, or a `CrowdData`
          out,          # folder to make
          part=None,    # only this part
@@ -1208,7 +1204,7 @@ def pack(data,         # folder of a data set, or a `CrowdData`
     finally: shutil.rmtree(new, ignore_errors=True)
     return about
 
-# %% ../nbs/05_counting.ipynb #05-counting-148
+# %% ../nbs/05_counting.ipynb #05-counting-155
 def pack_data(items, root, to, room):
     "Annotations, then pictures into what they leave of `room` bytes"
     where = {o: places(o, root) for o in items}
@@ -1223,7 +1219,7 @@ def pack_data(items, root, to, room):
         (to/place).write_bytes(b)
     return dict(pictures=len(items), reencoded=changed, quality=quality)
 
-# %% ../nbs/05_counting.ipynb #05-counting-158
+# %% ../nbs/05_counting.ipynb #05-counting-165
 def mixed(old,  # state dict
           new,  # state dict
           share # of the new one, 0..1
@@ -1231,7 +1227,7 @@ def mixed(old,  # state dict
     "Weights between two models of one origin"
     return {k: torch.lerp(v.float(), new[k].float(), share) if v.is_floating_point() else new[k] for k, v in old.items()}
 
-# %% ../nbs/05_counting.ipynb #05-counting-161
+# %% ../nbs/05_counting.ipynb #05-counting-168
 def own_sides(data,  # a `CrowdData`
               seed=0
              )->list:# `CrowdData` to learn from, to tune on, to judge
@@ -1243,7 +1239,7 @@ def own_sides(data,  # a `CrowdData`
     if not kept: rest, kept = rest[:-most], rest[-most:]
     return [data.new(o) for o in (rest[:-most], rest[-most:], kept)]
 
-# %% ../nbs/05_counting.ipynb #05-counting-164
+# %% ../nbs/05_counting.ipynb #05-counting-171
 FINE = dict(judged=20, final=0, size=256, bs=8, alpha=.05, lr=(0., 3e-4), decay=.98, frozen=9, made=(30, 30), compiled=False)
 
 def fine_tune(weights,      # `.safetensors` of a counting model
@@ -1264,7 +1260,7 @@ def fine_tune(weights,      # `.safetensors` of a counting model
     new = fit_phase(Path(out)/'fine', add_scenes(train, *made, seed), tune, epochs, r, seed, old, resume, card.get('encoder', 'lite0'), report).state_dict()
     return best_mixture(model, old, new, tune, valid, before, out, card, r, seed)
 
-# %% ../nbs/05_counting.ipynb #05-counting-166
+# %% ../nbs/05_counting.ipynb #05-counting-173
 def best_mixture(model, old, new, tune, valid, before, out, card, recipe, seed):
     "Choose the share of the new weights on `tune`, report `valid`, save"
     def error(share):

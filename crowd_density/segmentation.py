@@ -7,8 +7,8 @@ __all__ = ['LITE_STATS', 'IMAGENET_STATS', 'MADE', 'RESEARCH', 'RECIPES', 'Weigh
            'save_weights', 'read_card', 'load_weights', 'halve_onnx', 'constant_padding', 'export_onnx', 'lite_model',
            'lite_encoder', 'lite0', 'unet_split', 'flat_encoder', 'encoder_stats', 'unet', 'start_encoder',
            'WeightedCrossEntropy', 'has_bf16', 'fast', 'Squares', 'relight', 'Crops', 'Made', 'made_items', 'crop_dls',
-           'BestF1', 'Fast', 'segmentation_learner', 'cosine', 'Average', 'Run', 'run_epochs', 'human_prob',
-           'HumanProbability', 'segmentation_scores', 'settle', 'make_card', 'open_items', 'readable',
+           'BestF1', 'Fast', 'segmentation_learner', 'cosine', 'still', 'follow', 'Average', 'Run', 'run_epochs',
+           'human_prob', 'HumanProbability', 'segmentation_scores', 'settle', 'make_card', 'open_items', 'readable',
            'finish_segmentation', 'train_segmentation', 'load_segmentation']
 
 # %% ../nbs/04_segmentation.ipynb #04-segmentat-003
@@ -563,6 +563,13 @@ class _Rate(Callback):
         if self.training: self.opt.set_hyper('lr', [lr*k for lr in self.lrs])
 
 # %% ../nbs/04_segmentation.ipynb #04-segmentat-075-1
+def still(n, decay): return min(decay, (1 + n)/(10 + n)) # what a running average keeps of itself at its `n`-th step
+
+def follow(average, now, keep):
+    "Move the running average of a state dict towards the weights of now, in place; counters stay"
+    names = [k for k, v in average.items() if v.is_floating_point()]
+    torch._foreach_lerp_([average[k] for k in names], [now[k] for k in names], 1 - keep)
+
 class Average(Callback):
     "Keeps a running average of the weights, and judges with it"
     order = 5
@@ -574,9 +581,7 @@ class Average(Callback):
     @torch.no_grad()
     def after_step(self):
         self.n += 1
-        d, now = min(self.decay, (1 + self.n)/(10 + self.n)), self.model.state_dict()
-        names = [k for k, v in now.items() if v.is_floating_point()]
-        torch._foreach_lerp_([self.state[k] for k in names], [now[k] for k in names], 1 - d)
+        follow(self.state, self.model.state_dict(), still(self.n, self.decay))
 
     def before_validate(self):
         self.trained = {k: v.detach().clone() for k, v in self.model.state_dict().items()}

@@ -11,7 +11,7 @@ __all__ = ['log', 'MAX_PIXELS', 'MAX_BYTES', 'OWN_CLOCK', 'Scrubbed', 'Picture',
            'stopped_by_signals', 'watch']
 
 # %% ../nbs/10_watch.ipynb #10-watch-003
-import hashlib, hmac, io, json as jsonlib, logging, math, os, random, signal, sqlite3, sys, threading, time, warnings, httpx, numpy as np
+import hashlib, hmac, io, json as jsonlib, logging, math, os, random, signal, sqlite3, sys, threading, time, warnings
 from base64 import b64decode, b64encode
 from collections import deque
 from contextlib import contextmanager
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
+import httpx, numpy as np
 from PIL import Image
 
 from .data import DataError, IMAGE_SUFFIXES, atomic, is_image, load_cv2, read_rgb
