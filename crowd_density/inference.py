@@ -7,7 +7,8 @@ __all__ = ['OUTPUTS', 'HEAT', 'CELL', 'LEVEL', 'FEATURES', 'LOOKS', 'PROVIDERS',
            'update_card', 'model_path', 'tiles', 'regrid', 'Estimate', 'fit_interval', 'interval', 'features', 'unlike',
            'fit_like', 'crowding', 'working_scale', 'finer_scale', 'choose_scale', 'fit_scale', 'Model', 'load',
            'tile_map', 'overlay', 'says', 'stems', 'save_views', 'predict_files', 'finish_onnx', 'quantised',
-           'quantise', 'files_of', 'int8_loss', 'settle', 'coverage', 'table', 'model_card', 'write_model_card']
+           'levelled', 'quantise', 'files_of', 'int8_loss', 'settle', 'coverage', 'table', 'model_card',
+           'write_model_card']
 
 # %% ../nbs/07_inference.ipynb #07-inference-005
 import hashlib, json, logging, os, struct, tempfile, time
@@ -367,11 +368,14 @@ def fit_interval(true, # people
     low, high = (np.array(v) for v in zip(*[_quantiles(r[i], level) for i in parts]))
     low, high = np.minimum(low, -.01), np.maximum(high, .01)
     rule = dict(level=level, offset=offset, nodes=nodes.tolist(), n=len(t))
-    for _ in range(400): # interpolation between groups must not cost any of them its coverage
+    def spare(): # pictures of each group beyond those that must lie inside
         inside = (np.interp(x, nodes, low) <= r) & (r <= np.interp(x, nodes, high))
-        short = np.array([inside[i].mean() < level for i in parts])
-        if not short.any(): break
-        low[short], high[short] = low[short]*1.03, high[short]*1.03
+        return np.array([inside[i].sum() - np.ceil(level*len(i) - 1e-9) for i in parts])
+    for wide in [True]*200 + [False]*400: # interpolation between groups must neither cost any of them its coverage nor make it vague
+        n = spare()
+        change = np.where(n < 0, 1.03, np.where(wide & (n > 0), .98, 1.))
+        if (change == 1).all(): break
+        low, high = np.minimum(low*change, -.01), np.maximum(high*change, .01)
     return dict(rule, low=low.tolist(), high=high.tolist(), **(dict(like=fit_like(like)) if like is not None else {}))
 
 # %% ../nbs/07_inference.ipynb #07-inference-049
@@ -648,7 +652,11 @@ def _enlarged(human, # (h, w) float16
 def _segment(model, rgb, scale):
     "Estimate of a segmentation model"
     at = min((LARGE/(rgb.shape[0]*rgb.shape[1]))**.5, 1.) if scale is None else float(scale)
-    human, size = tile_map(model, rgb, at, np.float16)
+    if scale is None and model.card.get('looks'):
+        from crowd_density.preprocessing import three_looks # here, for counting starts sooner without SciPy
+        size, cut = _scaled(rgb, at)
+        human = three_looks(lambda x: tile_map(model, x, dtype=np.float16)[0], cut(*((0, n) for n in size)), **model.card['looks']).astype(np.float16)
+    else: human, size = tile_map(model, rgb, at, np.float16)
     line, mean = {'slope': 1., 'intercept': 0., **(model.card.get('share') or {})}, human.mean(dtype=np.float64) # calibrated on training pictures (room 06)
     if size != rgb.shape[:2]: human = _enlarged(human, rgb.shape[:2])
     share = float(np.clip(line['slope']*mean + line['intercept'], 0, 1))
@@ -833,13 +841,13 @@ def finish_onnx(path # exported ONNX file
 
 # %% ../nbs/07_inference.ipynb #07-inference-107
 class _Pictures:
-    "Feeds pictures to ONNX Runtime's calibration"
+    "Feeds pictures to ONNX Runtime's calibration, at the scale at which they will be looked at"
     def __init__(self, model, rgbs): self.model, self.todo = model, iter(rgbs)
     def get_next(self):
         rgb = next(self.todo, None)
         if rgb is None: return None
-        h, w = (max(n//32*32, 32) for n in rgb.shape[:2])
-        return {'image': self.model.blob(rgb[:h, :w])}
+        (h, w), cut = _scaled(rgb, working_scale(self.model.card.get('scale'), rgb.shape[:2]))
+        return {'image': self.model.blob(cut((0, max(h//32*32, 32)), (0, max(w//32*32, 32))))}
 
 def quantised(path # ONNX file
              )->Path: # its int8 copy
@@ -873,6 +881,14 @@ def _quantise(model, rgbs, folder):
     return onnx.load(b)
 
 # %% ../nbs/07_inference.ipynb #07-inference-111
+def levelled(model, copy, # counting `Model`s in full precision and in 8 bits
+             rgbs # pictures, uint8 (h, w, 3); how many people are on them need not be known
+            )->float: # for the copy's card: `int8_gain`
+    "The factor with which the copy counts on average what the original counts"
+    counts = np.array([[m.predict(x).count for m in (model, copy)] for x in rgbs])
+    ratio = float(np.exp(np.log((counts[:, 0] + 1)/(counts[:, 1] + 1)).mean()))
+    return round(float(np.clip(copy.gain*ratio, .8, 1.25)), 5)
+
 def quantise(path, # ONNX file
              rgbs, # some pictures of what the model will see, uint8 (h, w, 3)
              out=None # file to write; `NAME.int8.onnx` beside the model if None
@@ -885,9 +901,7 @@ def quantise(path, # ONNX file
     card = {**model.card, 'graph_sha256': hashlib.sha256(proto.graph.SerializeToString()).hexdigest(), 'bits': 8}
     onnx.helper.set_model_props(proto, dict(card=json.dumps(card)))
     with atomic(out) as tmp: onnx.save(proto, str(tmp))
-    if model.task == 'counting':
-        counts = [np.array([tile_map(m, x)[0].sum(dtype=float) for x in rgbs]) for m in (model, Model(out))]
-        update_card(out, int8_gain=round(float(np.clip(np.exp(np.log((counts[0]+1)/(counts[1]+1)).mean()), .8, 1.25)), 5))
+    if model.task == 'counting': update_card(out, int8_gain=levelled(model, Model(out), rgbs))
     return out
 
 # %% ../nbs/07_inference.ipynb #07-inference-116
@@ -900,7 +914,7 @@ def files_of(path # ONNX file
 def int8_loss(path, # model, run folder
               items, # of `tune`: with `part`, `rgb()` and `count()`
               threads=None,
-              most=1. # times the error of full precision that 8 bits may make, in every part, to be the default
+              most=1.02 # times the error of full precision that 8 bits may make, in every part, to be the default
              )->dict: # for the copy's card: `default`, and by part `n`, `mae_float` and `mae_int8`
     "What counting in 8 bits costs"
     models, off = {k: load(path, threads, int8=k == 'int8') for k in ('float', 'int8')}, {}
@@ -920,8 +934,9 @@ def settle(path, # model, run folder
     "Fit scale and interval on `tune` and write them into all files of a model"
     items, files = list(items), files_of(path)
     copy = next((p for p in files if p.name.endswith('.int8.onnx')), None)
-    scale = fit_scale(load(path, threads, int8=bool(copy) if int8 is None else int8), items[::every], looks, progress=progress)
+    scale = fit_scale(load(path, threads, int8=bool(int8)), items[::every], looks, progress=progress)
     for p in files: update_card(p, scale=scale, interval=None)
+    if copy: update_card(copy, int8_gain=levelled(*(load(path, threads, int8=k) for k in (False, True)), (item.rgb() for item in items)))
     if copy and int8 is None: update_card(copy, int8=int8_loss(path, items, threads))
     model = load(path, threads, int8=int8)
     rows = [(item.count(), model.predict(rgb), rgb) for item in (progress(items, 'interval') if progress else items) for rgb in [item.rgb()]]
@@ -934,12 +949,13 @@ def coverage(true, # (n,) people
              low, high # (n,) ends of the intervals
             )->dict: # by third: n, share inside, its 95 % binomial interval, mean width over the true count
     "How often the truth lies inside, for sparse, medium and dense pictures"
+    from scipy.stats import binomtest # here, for counting starts sooner without SciPy
     t, lo, hi = (np.asarray(x, float) for x in (true, low, high))
     out = {}
     for name, i in zip(('sparse', 'medium', 'dense', 'all'), [*np.array_split(np.argsort(t, kind='stable'), 3), np.arange(len(t))]):
-        n, p = len(i), float(((lo[i] <= t[i]) & (t[i] <= hi[i])).mean())
-        middle, half = (p + 1.92/n)/(1 + 3.84/n), 1.96*(p*(1-p)/n + .96/n**2)**.5/(1 + 3.84/n) # Wilson's score interval
-        out[name] = dict(n=n, inside=p, binomial=[middle-half, middle+half], width=float(((hi[i]-lo[i])/np.maximum(t[i], 1)).mean()))
+        n, inside = len(i), int(((lo[i] <= t[i]) & (t[i] <= hi[i])).sum())
+        out[name] = dict(n=n, inside=inside/n, binomial=[float(v) for v in binomtest(inside, n).proportion_ci()], # Clopper and Pearson's, exact
+                         width=float(((hi[i]-lo[i])/np.maximum(t[i], 1)).mean()))
     return out
 
 # %% ../nbs/07_inference.ipynb #07-inference-121

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from .data import DataError, _is_official, atomic, inside, load_cv2, open_data, split_of, training_items
 from .evaluation import PixelScores, calibrate_share, choose_threshold, curves, png
-from .preprocessing import mask
+from .preprocessing import mask, three_looks
 from .synthetic import EMPTY_KINDS, empty_scene, scene
 
 # %% ../nbs/04_segmentation.ipynb #04-segmentat-n00
@@ -717,24 +717,27 @@ def segmentation_scores(model, # U-Net
                         threshold=.5, # of the probability
                         calibration=None, # of the share
                         sigma=4, # of the mask, pixels
+                        looks=None, # settings of `three_looks`; one look if None
                         progress=None # wraps an iterable to show progress
                        )->dict: # part to `PixelScores`
     "Score a model on pictures with known heads, at native size"
-    scores = {}
+    scores, one = {}, partial(human_prob, model)
+    seen = one if looks is None else partial(three_looks, one, **looks)
     with fast(model.eval()):
         for o in _shown(progress, list(items), 'pictures'):
             rgb = o.rgb()
             true = mask(inside(o.points(), rgb.shape[:2]), rgb.shape[:2], sigma)
-            scores.setdefault(o.part, PixelScores(threshold, calibration)).add(true, human_prob(model, rgb), o.name)
+            scores.setdefault(o.part, PixelScores(threshold, calibration)).add(true, seen(rgb), o.name)
     return scores
 
 # %% ../nbs/04_segmentation.ipynb #04-segmentat-091
 def settle(model, # U-Net
            tune, # items
+           looks=None, # settings of `three_looks`; one look if None
            progress=None # wraps an iterable to show progress
           )->tuple: # `(threshold, calibration, figures)`: what goes into the card
     "Choose threshold and calibration, and say what they give there"
-    scores = segmentation_scores(model, tune, progress=progress)
+    scores = segmentation_scores(model, tune, looks=looks, progress=progress)
     threshold, figures = choose_threshold(scores), {}
     shares = np.array([s for o in scores.values() for s in o.shares])
     calibration = calibrate_share(shares[:, 0], shares[:, 1])
@@ -790,6 +793,7 @@ RECIPES = dict(
     report=dict(epochs=20, per_item=1, size=256, bs=8, lr=1e-3, frozen=1, last_cross=True, weight=[1., 4.], patience=4, square=True),
     release=dict(epochs=44, per_item=1, size=256, tune_size=384, bs=8, lr=1e-3, frozen=1, last_cross=False, weight=[1., 1.5], patience=None))
 RECIPES['release'] |= dict(average=.998, made=(40, 120), share=.12) # of weights; generated pictures with and without people, and their part
+RECIPES['release'] |= dict(looks=dict(window=96, nobody=.15, packed=.8)) # as in `three_looks`
 
 # %% ../nbs/04_segmentation.ipynb #04-segmentat-101
 def finish_segmentation(learn, # trained Learner
@@ -801,8 +805,9 @@ def finish_segmentation(learn, # trained Learner
     "Round the weights, choose threshold and calibration, write `model.safetensors` and `model.onnx`"
     model, out = learn.model.cpu().eval(), Path(out)
     _round_(model)
-    threshold, share, figures = settle(model, tune, progress)
-    card = save_weights(out/'model.safetensors', model.state_dict(), card | dict(threshold=threshold, share=share, figures=figures))
+    looks = card['recipe'].get('looks')
+    threshold, share, figures = settle(model, tune, looks, progress)
+    card = save_weights(out/'model.safetensors', model.state_dict(), card | dict(threshold=threshold, share=share, figures=figures, looks=looks))
     export_onnx(HumanProbability(model), out/'model.onnx', card, outputs=('human',), state=model.state_dict())
     return card
 

@@ -471,9 +471,18 @@ def test_settle_writes_all_files(tmp_path):
     off = {k: np.mean([abs(load(tmp_path, int8=k == 'int8').predict(Thing(s).rgb()).count - Thing(s).count()) for s in range(8)]) for k in ('float', 'int8')}
     assert loss == said['int8'] if loss['default'] else said['int8'] is None
     assert loss['tune']['A'] == dict(n=8, mae_float=round(off['float'], 3), mae_int8=round(off['int8'], 3))
-    assert (load(tmp_path).card.get('bits') == 8) == loss['default'] == (off['int8'] <= off['float'])
+    assert (load(tmp_path).card.get('bits') == 8) == loss['default'] == (off['int8'] <= 1.02*off['float'])
 
-@pytest.mark.parametrize('worse,default', [(1., True), (1.5, False)])
+@pytest.mark.parametrize('low,gain', [(.9, 1.), (.97, 1.02), (.5, 1.)])
+def test_levelled_makes_the_copy_count_like_the_original(low, gain):
+    "What 8 bits lose on average is given back, within bounds, without knowing how many people there are"
+    class Fake:
+        def __init__(self, share): self.share, self.gain = share, gain
+        def predict(self, rgb): return Estimate(count=float(rgb.sum())*self.share)
+    pictures = [np.full((32, 32, 3), k, np.uint8) for k in range(1, 9)]
+    assert inf.levelled(Fake(1.), Fake(low), pictures) == pytest.approx(min(gain/low, 1.25), abs=1e-3)
+
+@pytest.mark.parametrize('worse,default', [(1., True), (1.019, True), (1.03, False), (1.5, False)])
 def test_int8_is_the_default_only_if_little_is_lost(tmp_path, monkeypatch, worse, default):
     class Fake:
         def __init__(self, int8): self.off = worse if int8 else 1.
@@ -491,7 +500,7 @@ def test_coverage_counts():
     t = np.arange(30.)
     c = inf.coverage(t, t - 1, np.where(t % 5 == 0, t - .5, t + 1))
     assert c['all']['n'] == 30 and abs(c['all']['inside'] - .8) < 1e-9 and abs(c['sparse']['inside'] - .8) < 1e-9 and c['dense']['n'] == 10
-    for k in c: np.testing.assert_allclose(c[k]['binomial'], binomtest(round(.8*c[k]['n']), c[k]['n']).proportion_ci(method='wilson'), atol=.005)
+    for k in c: np.testing.assert_allclose(c[k]['binomial'], binomtest(round(.8*c[k]['n']), c[k]['n']).proportion_ci(), atol=1e-9)
 
 # Other tasks
 @pytest.mark.parametrize('h,w', [(32, 32), (77, 130), (300, 401)])
@@ -502,6 +511,19 @@ def test_segmentation(tmp_path, h, w):
     assert ((e.human >= .3) == e.mask()).all() and 0 <= e.share <= 1
     assert abs(e.share - np.clip(2*e.human.mean(dtype=float) - .1, 0, 1)) < 1e-6
     assert m.predict(picture(h, w), scale=1.5).human.shape == (h, w)
+
+def test_a_segmentation_model_looks_as_often_as_its_card_says(tmp_path, monkeypatch):
+    from crowd_density.preprocessing import three_looks
+    rgb, settings = picture(150, 200), dict(window=64, nobody=.15, packed=.8)
+    once, m = load(toy(tmp_path/'a.onnx', 'segmentation')), load(toy(tmp_path/'b.onnx', 'segmentation', looks=settings))
+    want = three_looks(lambda x: once.predict(x).human, rgb, **settings)
+    np.testing.assert_allclose(m.predict(rgb).human, want, atol=2e-3)
+    assert np.abs(m.predict(rgb).human.astype(float) - once.predict(rgb).human).max() > .01
+    assert (m.predict(rgb, scale=1).human == once.predict(rgb).human).all() # a scale of one's own is one look
+    sizes, run = [], m.run
+    monkeypatch.setattr(m, 'run', lambda x: sizes.append(x.shape[0]*x.shape[1]) or run(x))
+    big = np.tile(rgb[:128, :128], (32, 32, 1))
+    assert m.predict(big).human.shape == big.shape[:2] and sum(sizes) <= 2.25*1.5*inf.LARGE
 
 def test_segmentation_tiles(tmp_path):
     m = load(toy(tmp_path/'s.onnx', 'segmentation'))

@@ -100,6 +100,27 @@ def test_mask_by_its_definition():
     for level in (.1, .5): assert (pp.mask(p, (60, 60), level=level) == (slow > level)).mean() > .999
     assert pp.mask(p, (60, 60), level=.5).sum() < pp.mask(p, (60, 60)).sum()
 
+@given(st.integers(32, 150), st.integers(32, 150), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_three_looks_laws(h, w, seed):
+    "Between 0 and 1, of the picture's size, mirrored with the picture, never below the mean of the first two looks; plain where all looks agree"
+    rgb = np.random.default_rng(seed).integers(0, 256, (h, w, 3), np.uint8)
+    def look(x): return x[..., 0]/np.float32(255)
+    human = pp.three_looks(look, rgb)
+    assert human.shape == (h, w) and human.dtype == np.float32 and 0 <= human.min() and human.max() <= 1
+    assert (human >= (look(rgb) + look(rgb[:, ::-1])[:, ::-1])/2 - 1e-6).all()
+    if w % 2 == 0: np.testing.assert_allclose(pp.three_looks(look, np.ascontiguousarray(rgb[:, ::-1])), human[:, ::-1], atol=.01)
+    for p in (0, .5, 1): np.testing.assert_allclose(pp.three_looks(lambda x: np.full(x.shape[:2], p, np.float16), rgb), p, atol=1e-3)
+
+@pytest.mark.parametrize('own,half,found', [(.1, .9, .9), (.3, .9, .3), (.1, .7, .1), (.9, .1, .9)])
+def test_the_half_has_a_say_only_where_nobody_becomes_a_packed_crowd(own, half, found):
+    looks = []
+    def look(x):
+        looks.append(x.shape[:2])
+        return np.full(x.shape[:2], half if x.shape[0] < 200 else own)
+    np.testing.assert_allclose(pp.three_looks(look, np.zeros((201, 300, 3), np.uint8)), found, atol=1e-6)
+    assert looks == [(201, 300), (201, 300), (100, 150)]
+
 def test_mask_reaches_as_far_as_stated():
     y, x = np.nonzero(pp.mask([[50, 50]], (101, 101)))
     assert np.hypot(y - 50, x - 50).max() == pytest.approx(8.6, abs=.15)

@@ -358,6 +358,17 @@ def test_processes_that_cut_change_nothing(scenes, tmp_path):
     cards = [S.train_segmentation(scenes, tmp_path/str(n), dict(R, epochs=1, made=(1, 2), share=.2), workers=n) for n in (0, 2)]
     assert cards[0]['figures'] == cards[1]['figures']
 
+def test_looks_of_the_recipe_are_settled_with_and_stand_in_the_card(scenes, tmp_path):
+    "The threshold is chosen for the looks that `predict` will take, and both see the same people"
+    looks = dict(window=64, nobody=.15, packed=.8)
+    card = S.train_segmentation(scenes, tmp_path, dict(R, epochs=1, looks=looks))
+    model, items = S.load_segmentation(tmp_path/'model.safetensors')[0], list(S.split_of(scenes, 'tune'))
+    assert card['looks'] == S.read_card(tmp_path/'model.safetensors')['looks'] == looks
+    assert card['threshold'] == S.settle(model, items, looks)[0]
+    from crowd_density.inference import load
+    runner, rgb = load(tmp_path), items[0].rgb()
+    np.testing.assert_allclose(runner.predict(rgb).human, S.three_looks(lambda x: S.human_prob(model, x), rgb, **looks), atol=5e-3)
+
 def test_early_stopping_keeps_the_best(scenes, tmp_path):
     run = S.Run(tmp_path, dict(seed=0), 'valid_loss')
     run.rows, run.best, run.best_epoch = [dict(train_loss=1., valid_loss=1.)]*4, .1, 0
