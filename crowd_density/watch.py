@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['log', 'MAX_PIXELS', 'MAX_BYTES', 'OWN_CLOCK', 'Scrubbed', 'Picture', 'SourceError', 'decode_rgb', 'encode_jpeg',
-           'backoff', 'Source', 'open_video', 'VideoStream', 'jpegs', 'HttpPictures', 'Folder', 'timed_frames',
-           'clip_pictures', 'Clip', 'Played', 'open_source', 'PictureCheck', 'fit_size', 'HistoryError', 'dumps',
-           'History', 'SinkError', 'Sink', 'Delivery', 'JsonLines', 'sign', 'Webhook', 'topic', 'Mqtt', 'Watched',
-           'Watcher', 'pixelated', 'metrics_text', 'metrics_server', 'make_watcher', 'secret', 'make_sinks',
+           'backoff', 'Source', 'answers', 'open_video', 'VideoStream', 'jpegs', 'HttpPictures', 'Folder',
+           'timed_frames', 'clip_pictures', 'Clip', 'Played', 'open_source', 'PictureCheck', 'fit_size', 'HistoryError',
+           'dumps', 'History', 'SinkError', 'Sink', 'Delivery', 'JsonLines', 'sign', 'Webhook', 'topic', 'Mqtt',
+           'Watched', 'Watcher', 'pixelated', 'metrics_text', 'metrics_server', 'make_watcher', 'secret', 'make_sinks',
            'stopped_by_signals', 'watch']
 
 # %% ../nbs/10_watch.ipynb #10-watch-003
-import hashlib, hmac, io, json as jsonlib, logging, math, os, random, signal, sqlite3, sys, threading, time, warnings
+import hashlib, hmac, io, json as jsonlib, logging, math, os, random, signal, socket, sqlite3, sys, threading, time, warnings
 from base64 import b64decode, b64encode
 from collections import deque
 from contextlib import contextmanager
@@ -151,10 +151,22 @@ def _run(self:Source):
 
 Source._read_on, Source.run = _read_on, _run
 
-# %% ../nbs/10_watch.ipynb #10-watch-023
+# %% ../nbs/10_watch.ipynb #10-watch-n22
 os.environ.setdefault('OPENCV_FFMPEG_LOGLEVEL', '-8')
-os.environ.setdefault('OPENCV_FFMPEG_CAPTURE_OPTIONS', 'rtsp_transport;tcp')
+os.environ.setdefault('OPENCV_FFMPEG_CAPTURE_OPTIONS', 'rtsp_transport;tcp|fpsprobesize;0|analyzeduration;500000')
 
+def answers(address, timeout=5.)->bool:
+    "Is somebody there? Asks an RTSP server for its options, as FFmpeg will; of another address nothing is asked"
+    u = urlsplit(address)
+    if u.scheme != 'rtsp': return True
+    bare = u._replace(netloc=u.netloc.rpartition('@')[2]).geturl()
+    try:
+        with socket.create_connection((u.hostname, u.port or 554), timeout) as s:
+            s.sendall(f'OPTIONS {bare} RTSP/1.0\r\nCSeq: 1\r\n\r\n'.encode())
+            return s.recv(5)[:1] == b'R'
+    except OSError: return False
+
+# %% ../nbs/10_watch.ipynb #10-watch-023
 @contextmanager
 def open_video(address, # file, stream, or the number of a device
                shown, timeout=5.):
@@ -165,7 +177,7 @@ def open_video(address, # file, stream, or the number of a device
     try:
         device = str(address).removeprefix('/dev/video')
         if device.isdigit(): opened = cap.open(int(device))
-        else: opened = cap.open(str(address), cv2.CAP_FFMPEG, limits)
+        else: opened = answers(str(address), timeout) and cap.open(str(address), cv2.CAP_FFMPEG, limits)
         if not opened: raise SourceError(shown, f'a video or camera that opens within {timeout:g} s', 'none')
         yield cap
     finally: cap.release()
@@ -191,10 +203,11 @@ def _header(raw, name):
 
 def jpegs(chunks, # bytes as they come
           boundary, # of the parts, from the content type
-          max_bytes=MAX_BYTES # of one picture
+          max_bytes=MAX_BYTES, # of one picture
+          seconds=math.inf # for one picture
          ): # yields the bytes of each whole picture
     "The parts of a `multipart/x-mixed-replace` stream"
-    mark, buffer = b'--' + boundary.strip('"').encode('latin-1').removeprefix(b'--'), b''
+    mark, buffer, last = b'--' + boundary.strip('"').encode('latin-1').removeprefix(b'--'), b'', time.monotonic()
     for chunk in chunks:
         buffer += chunk
         while True:
@@ -205,8 +218,9 @@ def jpegs(chunks, # bytes as they come
             end = body + int(length) if length and length.isdigit() else buffer.find(b'\r\n' + mark, body)
             if end < 0 or len(buffer) < end: break
             yield buffer[body:end]
-            buffer = buffer[end:]
+            buffer, last = buffer[end:], time.monotonic()
         if len(buffer) > max_bytes: raise SourceError('motion JPEG', f'pictures of at most {max_bytes/1e6:g} MB', f'{len(buffer)/1e6:.1f} MB')
+        if time.monotonic() > last + seconds: raise SourceError('motion JPEG', f'a whole picture within {seconds:g} s', 'a part')
 
 # %% ../nbs/10_watch.ipynb #10-watch-029
 def _login(url):
@@ -216,12 +230,13 @@ def _login(url):
     bare = u._replace(netloc=u.netloc.rpartition('@')[2]).geturl()
     return bare, (unquote(u.username), unquote(u.password or ''))
 
-def _body(response, max_bytes=MAX_BYTES):
-    "The body, unless it is absurdly long"
-    parts, n = [], 0
+def _body(response, max_bytes=MAX_BYTES, seconds=math.inf):
+    "The body, unless it is absurdly long or drips"
+    parts, n, start = [], 0, time.monotonic()
     for chunk in response.iter_bytes():
         parts.append(chunk)
         if (n := n + len(chunk)) > max_bytes: raise SourceError('snapshot', f'at most {max_bytes/1e6:g} MB', 'more')
+        if time.monotonic() > start + seconds: raise SourceError('snapshot', f'a whole picture within {seconds:g} s', 'a part')
     return b''.join(parts)
 
 # %% ../nbs/10_watch.ipynb #10-watch-031
@@ -238,7 +253,7 @@ class HttpPictures(VideoStream):
         raise SourceError(self.shown, 'a picture (status 200)', f'status {r.status_code}')
 
     def pictures(self):
-        url, login = _login(self.address)
+        (url, login), most = _login(self.address), 4*self.timeout
         with httpx.Client(timeout=self.timeout, follow_redirects=True, max_redirects=3, trust_env=False) as web:
             while not self.stopping.is_set():
                 asked = time.monotonic()
@@ -246,11 +261,11 @@ class HttpPictures(VideoStream):
                 try:
                     kind, _, rest = r.headers.get('content-type', '').partition(';')
                     if kind.startswith('multipart/'):
-                        for jpeg in jpegs(r.iter_bytes(), rest.partition('boundary=')[2].split(';')[0].strip()):
+                        for jpeg in jpegs(r.iter_bytes(), rest.partition('boundary=')[2].split(';')[0].strip(), seconds=most):
                             yield lambda: decode_rgb(jpeg, self.shown)
                         return
                     if not kind.startswith('image/'): break
-                    jpeg = _body(r)
+                    jpeg = _body(r, seconds=most)
                     yield lambda: decode_rgb(jpeg, self.shown)
                 finally: r.close()
                 self.stopping.wait(max(.02, asked + 1/self.camera.rate - time.monotonic()))
@@ -879,7 +894,7 @@ def _prune_all(self:Watcher, now):
     try: self.history.prune(now, [s.name for s in self.sinks])
     except sqlite3.Error as e: log.error('history: %s', e)
     if not self.snapshots: return
-    for f in self.snapshots.glob('*.jpg'):
+    for f in self.snapshots.glob('[0-9a-f]'*20 + '.jpg'): # named after events: other pictures there are not ours
         if f.stat().st_mtime < time.time() - 86400*self.history.keep_days: f.unlink(missing_ok=True)
 
 Watcher.pass_time, Watcher.tick, Watcher.prune = _pass_time, _tick, _prune_all

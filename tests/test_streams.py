@@ -1,5 +1,5 @@
 "Real parts: an RTSP server that is killed and returns, cameras over HTTP, an MQTT broker, all started here"
-import json, subprocess, sys, threading, time
+import json, os, signal, subprocess, sys, threading, time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -7,6 +7,7 @@ import numpy as np, pytest
 
 from crowd_density import watch
 from crowd_density.watch import History, Mqtt, Watcher, encode_jpeg, open_source
+from test_watch import soak
 from watching import Dots, Hand, dots, free_port, has, has_rtsp, make_site, pattern, rtsp, until
 
 @pytest.fixture(autouse=True)
@@ -72,17 +73,78 @@ def test_rtsp_that_accepts_and_says_nothing():
         assert source.picture is None and 'within 1 s' in source.problem
         source.stop()
 
+def test_rtsp_that_hangs_and_goes_on():
+    "The server is stopped, not killed: its connection stays open and nothing comes"
+    has_rtsp()
+    port = free_port()
+    site = make_site({'gate': f'rtsp://127.0.0.1:{port}/live'}, rate=5, stale_after=2., for_=1)
+    with rtsp(port) as p:
+        w = Watcher(site, Dots(), sources={'gate': open_source(site.cameras[0], timeout=1.5)}, risk=dict(source_cooldown=.5))
+        w.start()
+        source = w.cameras['gate'].source
+        try:
+            until(lambda: level(w) == 'clear', 20)
+            p.send_signal(signal.SIGSTOP)
+            until(lambda: level(w) == 'unknown', 6)
+            until(lambda: source.problem and 'within 1.5 s' in source.problem, 8)
+            until(lambda: source.losses == 1)
+            p.send_signal(signal.SIGCONT)
+            until(lambda: level(w) == 'clear', 15)
+        finally: w.stop()
+
+def test_dead_cameras_hold_up_nobody():
+    "OpenCV opens one stream at a time: six that accept and say nothing would keep it busy for half a minute"
+    import socket
+    has_rtsp()
+    port, silent = free_port(), [socket.create_server(('127.0.0.1', 0)) for _ in range(6)]
+    site = make_site({f'dead {i}': f'rtsp://127.0.0.1:{s.getsockname()[1]}/live' for i, s in enumerate(silent)} | {'gate': f'rtsp://127.0.0.1:{port}/live'},
+                     rate=5, stale_after=2., for_=1)
+    w = Watcher(site, Dots())
+    w.start()
+    try:
+        until(lambda: all('expected' in (w.cameras[f'dead {i}'].source.problem or '') for i in range(6)), 12)
+        with rtsp(port): until(lambda: level(w) == 'clear', 10)
+    finally:
+        w.stop()
+        for s in silent: s.close()
+    assert all(level(w, f'dead {i}') == 'unknown' for i in range(6))
+
+def eight(seconds, first):
+    "8 real streams of 640x480: oldest picture judged, pictures judged, growth"
+    has_rtsp()
+    port = free_port()
+    with rtsp(port, pattern((640, 480), 10)): return soak(seconds, first=first, address=f'rtsp://127.0.0.1:{port}/live')
+
+def test_eight_streams_short():
+    oldest, judged, growth = eight(30, 18)
+    assert oldest < 2 and min(judged) >= 12 and growth < .05, (oldest, judged, growth)
+
+@pytest.mark.slow
+def test_eight_streams_half_an_hour():
+    "A shorter time by CROWD_DENSITY_SOAK, seconds"
+    seconds = float(os.environ.get('CROWD_DENSITY_SOAK', 1800))
+    oldest, judged, growth = eight(seconds, seconds/6)
+    print(f'\n{seconds:.0f} s: oldest picture judged {oldest:.2f} s, judged {min(judged)} to {max(judged)}, memory {100*growth:+.2f} %')
+    assert oldest < 2 and min(judged) >= .94*seconds and growth <= .02, (oldest, judged, growth)
+
 # ---- HTTP
 
 @contextmanager
 def web_camera(kind, fps=10):
-    "A camera over HTTP: `snapshot` or `mjpeg`; `state` switches it off, asks for a login, or cuts pictures"
-    state = dict(on=True, n=0, cut=False, login=False)
+    "A camera over HTTP: `snapshot` or `mjpeg`; `state` switches it off, asks for a login, cuts pictures, hangs or drips"
+    state = dict(on=True, n=0, cut=False, login=False, hang=False, drip=False)
     class Answer(BaseHTTPRequestHandler):
         def picture(self):
             state['n'] += 1
             jpeg = encode_jpeg(dots(4, state['n']))
             return jpeg[:len(jpeg)//2] if state['cut'] else jpeg
+        def send(self, data):
+            while state['hang'] and state['on']: time.sleep(.02)
+            while state['drip'] and state['on'] and len(data) > 1:
+                self.wfile.write(data[:1])
+                data = data[1:]
+                time.sleep(.1)
+            self.wfile.write(data)
         def do_GET(self):
             if not state['on']: return self.send_error(503)
             if state['login'] and self.headers.get('authorization') != 'Basic Z3VhcmQ6c2VjcmV0':
@@ -93,13 +155,14 @@ def web_camera(kind, fps=10):
             if kind == 'snapshot':
                 self.send_header('content-type', 'image/jpeg')
                 self.end_headers()
-                return self.wfile.write(self.picture())
+                try: return self.send(self.picture())
+                except OSError: return
             self.send_header('content-type', 'multipart/x-mixed-replace; boundary=frame')
             self.end_headers()
             try:
                 while state['on']:
                     p = self.picture()
-                    self.wfile.write(b'--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n' % len(p) + p + b'\r\n')
+                    self.send(b'--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n' % len(p) + p + b'\r\n')
                     time.sleep(1/fps)
             except OSError: pass
         def log_message(self, *args): pass
@@ -127,6 +190,23 @@ def test_cameras_over_http_come_back(kind, monkeypatch):
         until(lambda: level(w) == 'unknown')
         assert 'whole picture' in w.cameras['gate'].zones['square'].reason and 'secret' not in w.cameras['gate'].source.problem
         state['cut'] = False
+        until(lambda: level(w) == 'clear')
+        w.stop()
+
+@pytest.mark.parametrize('kind', ['snapshot', 'mjpeg'])
+@pytest.mark.parametrize('fault, word', [('hang', 'timed out'), ('drip', 'within 2 s')])
+def test_cameras_over_http_that_hang_or_drip(kind, fault, word):
+    "Nothing comes on an open connection, or a byte now and then, which no time-out on reading notices"
+    with web_camera(kind) as (address, state):
+        site = make_site({'gate': f'http://{address}'}, rate=5, stale_after=1., for_=.3)
+        w = Watcher(site, Dots(), sources={'gate': open_source(site.cameras[0], timeout=.5)}, risk=dict(source_cooldown=.1))
+        w.start()
+        source = w.cameras['gate'].source
+        until(lambda: level(w) == 'clear')
+        state[fault] = True
+        until(lambda: level(w) == 'unknown')
+        until(lambda: word in (source.problem or ''))
+        state[fault] = False
         until(lambda: level(w) == 'clear')
         w.stop()
 
@@ -161,16 +241,17 @@ def broker(tmp_path, port):
 
 @contextmanager
 def listener(port):
-    "What a subscriber hears: [(topic, payload, retained), …]"
+    "What a subscriber hears: [(topic, payload, retained), …]; all of it with quality of service 1"
     paho = pytest.importorskip('paho.mqtt.client')
-    heard, c = [], paho.Client(paho.CallbackAPIVersion.VERSION2)
-    c.on_message = lambda client, data, m: heard.append((m.topic, m.payload.decode(), m.retain))
-    c.on_connect = lambda client, *a: client.subscribe('#', 1)
+    heard, qos, c = [], set(), paho.Client(paho.CallbackAPIVersion.VERSION2)
+    c.on_message = lambda client, data, m: (heard.append((m.topic, m.payload.decode(), m.retain)), qos.add(m.qos))
+    c.on_connect = lambda client, *a: client.subscribe('#', 2)
     c.reconnect_delay_set(1, 1)
     c.connect('127.0.0.1', port)
     c.loop_start()
     try: yield heard
     finally: c.disconnect(), c.loop_stop()
+    assert qos == {1}, qos
 
 def test_mqtt_events_state_and_last_will(tmp_path):
     pytest.importorskip('paho.mqtt.client')
@@ -194,6 +275,7 @@ def test_mqtt_events_state_and_last_will(tmp_path):
         ids = [json.loads(p)['id'] for t, p, _ in [*heard, *again] if t.endswith('/event')]
         with listener(port) as late: # who comes late hears the state at once
             until(lambda: any(t == 'city/gate%2F1/square/state' and r for t, _, r in late))
+            assert not any(r for t, _, r in late if t.endswith('/event')) # an event is news, once
             w.stop()
             until(lambda: ('city/status', 'offline', False) in late)
     assert list(dict.fromkeys(ids)) == [e['id'] for e in reversed(h.events())]
@@ -208,6 +290,7 @@ def test_mqtt_last_will_after_a_kill(tmp_path):
         p.kill()
         p.wait()
         until(lambda: any(t == 'city/status' and v == 'offline' for t, v, _ in heard), 10)
+        with listener(port) as late: until(lambda: ('city/status', 'offline', True) in late) # kept for who comes later
 
 # ---- all of it, with shipped weights
 
