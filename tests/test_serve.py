@@ -1,5 +1,5 @@
 "The interface, who may use it, and the page in a real browser"
-import asyncio, json, os, re, signal, socket, struct, subprocess, sys, threading, time, zlib
+import asyncio, itertools, json, os, re, signal, socket, struct, subprocess, sys, threading, time, zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -206,6 +206,30 @@ def test_pages_load_nothing_from_elsewhere(name):
     assert not re.search(r'(?:src|href|url\()\s*=?\s*["\']?(?:https?:)?//', text) and 'http' not in text.replace('http://www.w3.org/2000/svg', '')
     assert not re.search(r'\son\w+=|style="', text) and 'innerHTML' not in text and "default-src 'none'" in policy
 
+def colours(text, names): # of the page in the light, 0 to 1
+    found = (re.search(rf'--{n}: #(\w{{6}})', text)[1] for n in names)
+    return np.array([[int(h[i:i+2], 16)/255 for i in (0, 2, 4)] for h in found])
+
+def linear(rgb): return np.where(rgb <= .04045, rgb/12.92, ((rgb + .055)/1.055)**2.4)
+
+@pytest.mark.parametrize('eye, seen', [('of most', np.eye(3)),
+    ('without red', [[.152286, 1.052583, -.204868], [.114503, .786281, .099216], [-.003882, -.048116, 1.051998]]),
+    ('without green', [[.367322, .860646, -.227968], [.280085, .672501, .047413], [-.01182, .04294, .968881]]),
+    ('without blue', [[1.255528, -.076749, -.178779], [-.078411, .930809, .147602], [.004733, .691367, .3039]])])
+def test_levels_look_different_to_every_eye(eye, seen):
+    "Colours as the colour-blind see them (Machado, Oliveira, Fernandes 2009), their distance in CIE Lab"
+    import cv2
+    levels = 'clear', 'busy', 'crowded', 'critical'
+    rgb = np.clip(linear(colours(page('live.html')[0], levels))@np.array(seen).T, 0, 1)
+    rgb = np.where(rgb <= .0031308, 12.92*rgb, 1.055*rgb**(1/2.4) - .055).astype(np.float32)
+    lab = cv2.cvtColor(rgb[None], cv2.COLOR_RGB2LAB)[0]
+    for (a, x), (b, y) in itertools.combinations(zip(levels, lab), 2): assert np.linalg.norm(x - y) > 15, (a, b, eye)
+
+def test_white_words_stand_out():
+    "Contrast of 4.5 to 1 or more (WCAG 2, AA)"
+    names = 'clear', 'critical', 'unknown', 'streak'
+    for n, light in zip(names, linear(colours(page('live.html')[0], names))@[.2126, .7152, .0722]): assert 1.05/(light + .05) >= 4.5, n
+
 # ---- pictures that are sent
 
 def test_count_by_form_and_by_body(web):
@@ -304,10 +328,36 @@ def test_serve_the_verb(tmp_path):
             except httpx.HTTPError: return None
         until(lambda: (r := asks('/ready')) is not None and r.status_code == 200, 20)
         until(lambda: asks('/api/readings').json(), 10)
+        if sys.platform.startswith('linux'): # all of 127.0.0.0/8 is this machine, and one address of it is listened on
+            with pytest.raises(ConnectionRefusedError): socket.create_connection(('127.0.0.2', port), 2)
         p.send_signal(signal.SIGTERM)
         assert p.wait(15) in (0, -signal.SIGTERM)
     finally: p.kill()
     assert 'Traceback' not in p.stderr.read()
+
+def test_serve_on_every_address_with_a_token(tmp_path):
+    import httpx
+    write_video(tmp_path/'v.avi', (dots(60, i) for i in range(60)), 10)
+    (tmp_path/'site.toml').write_text(site_text({'gate': 'v.avi'}))
+    code = f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from watching import Dots; from crowd_density.serve import serve; sys.exit(serve("site.toml", host="0.0.0.0", port=0, model=Dots(), loop=True))'
+    with subprocess.Popen([sys.executable, '-c', code], cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=dict(os.environ, CROWD_DENSITY_TOKEN=TOKEN)) as p:
+        try:
+            url = 'http://127.0.0.2:' + re.search(r':(\d+)/', p.stdout.readline())[1]
+            def asks(path, **headers):
+                try: return httpx.get(url + path, timeout=5, headers=headers).status_code
+                except httpx.HTTPError: return None
+            until(lambda: asks('/ready') == 200, 20)
+            assert [asks('/api/zones'), asks('/api/zones', authorization='Bearer ' + TOKEN[:-1]), asks('/api/zones', authorization=f'Bearer {TOKEN}')] == [401, 401, 200]
+        finally: p.kill()
+
+def screenshot(d, name): # RGB; kept where CROWD_DENSITY_SHOTS says
+    import cv2
+    png = d.get_screenshot_as_png()
+    if folder := os.environ.get('CROWD_DENSITY_SHOTS'): Path(folder, f'{name}.png').write_bytes(png)
+    return cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+
+def painted(rgb, name): # pixels of one of the page's colours
+    return int((np.abs(rgb - 255*colours(page('live.html')[0], [name])[0]).max(-1) < 3).sum())
 
 def test_page_in_a_browser(tmp_path):
     stage = Stage(('gate', 'stairs <b>'))
@@ -319,8 +369,17 @@ def test_page_in_a_browser(tmp_path):
         assert len(d.find_elements('css selector', 'article')) == 2
         assert 'stairs <b>' in text('#tiles') # names are text, not markup
         until(lambda: d.execute_script('return document.querySelector(".view img").naturalWidth') == 64)
+        assert re.search(r'[\d.]+ people per m²', text('.big')) and re.search(r'[\d.]+ to [\d.]+ per m².*about \d+ people', text('.facts')) # interval, count
+        assert 'read now' in text('.zone') or 's ago' in text('.zone')
+        until(lambda: d.execute_script('return document.querySelector(".layer").naturalWidth') == 20) # cells of 8 px of a picture of 160
+        until(lambda: d.find_elements('css selector', '.spark .line') and d.find_elements('css selector', '.spark .band'), 10) # the last hour
+        before = screenshot(d, 'desk-clear')
         stage.n['gate'] = 60 # it fills: said in words, in a pattern, in the title, in the list
         until(lambda: 'critical' in text('#summary'), 20)
+        bars = 'return [...document.querySelectorAll("article .badge")].map(b => [b.innerText, b.querySelectorAll("rect[opacity=\\"1\\"]").length])'
+        until(lambda: sorted(d.execute_script(bars)) == [['clear', 1], ['critical', 4]]) # said without colour
+        after = screenshot(d, 'desk-critical')
+        assert painted(before, 'clear') > 500 and painted(before, 'critical') == 0 and painted(after, 'critical') > 500
         until(lambda: 'critical' in d.title and 'critical' in text('#events'), 10)
         d.execute_script('document.querySelector("#who").value = "ann"')
         until(lambda: 'critical' in text('#events li'))
@@ -329,8 +388,12 @@ def test_page_in_a_browser(tmp_path):
         until(lambda: 'by ann' in text('#events'), 10)
         stage.lost.add('stairs <b>') # a lost camera says why
         until(lambda: 'unknown' in text('#summary') and 'pulled cable' in text('#tiles'), 15)
-        d.set_window_size(500, 900) # a phone: one column, nothing cut off
-        assert d.execute_script('return document.documentElement.scrollWidth <= window.innerWidth')
+        d.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', dict(width=360, height=740, deviceScaleFactor=1, mobile=True)) # a phone: one column, nothing cut off
+        until(lambda: d.execute_script('return window.innerWidth') == 360)
+        assert d.execute_script('return document.documentElement.scrollWidth') <= 360
+        assert d.execute_script('return [...document.querySelectorAll("article")].every((a, i, all) => a.offsetLeft == all[0].offsetLeft && a.offsetWidth > 300)')
+        assert d.execute_script('return [...document.querySelectorAll("#events button")].every(b => b.offsetHeight >= 40)') # for thumbs
+        screenshot(d, 'desk-phone')
         stop() # the server is gone: said plainly, and nothing looks alive
         until(lambda: 'lost' in text('#lost'), 30)
         until(lambda: text('#summary') == '2 unknown', 30)
