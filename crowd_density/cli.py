@@ -7,10 +7,10 @@ __all__ = ['app', 'ModelArg', 'ModelOpt', 'Data', 'Json', 'Lines', 'Part', 'Seed
            'Seconds', 'Peak', 'Sigma', 'Size', 'Processes', 'train', 'Run', 'Epochs', 'Minutes', 'Resume', 'Recipe',
            'Encoder', 'Start', 'Device', 'Code', 'Limit', 'Rehearse', 'Split', 'Every', 'Figures', 'Inputs', 'Overlay',
            'Map', 'Mask', 'Scale', 'Site', 'Points', 'Zones', 'Camera', 'Source', 'Height', 'Port', 'Webhook', 'Mqtt',
-           'Metrics', 'History', 'Days', 'Snapshots', 'Pixelate', 'Realtime', 'Host', 'Repeat', 'explain', 'say',
-           'verb', 'arg', 'opt', 'progress', 'write_text', 'write_json', 'writable', 'table', 'synth', 'check',
-           'prepare', 'taken', 'bar', 'say_epoch', 'say_live', 'learn', 'pack', 'fine_tune', 'evaluate', 'pictures',
-           'sentence', 'default_model', 'predict', 'calibrate', 'watch', 'serve', 'export', 'demo', 'main']
+           'Metrics', 'History', 'Days', 'Snapshots', 'Pixelate', 'Realtime', 'Host', 'Certificate', 'Key', 'Repeat',
+           'explain', 'say', 'verb', 'arg', 'opt', 'progress', 'write_text', 'write_json', 'writable', 'table', 'synth',
+           'check', 'prepare', 'taken', 'bar', 'say_epoch', 'say_live', 'learn', 'pack', 'fine_tune', 'evaluate',
+           'pictures', 'sentence', 'default_model', 'predict', 'calibrate', 'watch', 'serve', 'export', 'demo', 'main']
 
 # %% ../nbs/13_cli.ipynb #13-cli-003
 import os, sys, warnings
@@ -402,6 +402,8 @@ Snapshots = opt(Path, 'Folder for a picture with each event; none if left out.',
 Pixelate = Annotated[bool, Option(help='Snapshots in which nobody is recognised.')]
 Realtime = Annotated[bool, Option('--realtime', help='Play files at their own pace.')]
 Host = Annotated[str, Option(help='Address to listen on; any but this machine needs CROWD_DENSITY_PASSWORD or CROWD_DENSITY_TOKEN.')]
+Certificate = opt(Path, 'Certificate for HTTPS, PEM; with it passwords travel unread.', metavar='PEM')
+Key = opt(Path, 'Its private key, PEM.', metavar='PEM')
 Repeat = Annotated[bool, Option('--loop', help='Play files again and again.')]
 
 # %% ../nbs/13_cli.ipynb #13-cli-072
@@ -415,7 +417,8 @@ def watch(site: Site, json: Lines=None, model: ModelOpt=None, threads: Threads=N
 
 @verb
 def serve(site: Site, host: Host='127.0.0.1', port: Port=8000, json: Lines=None, model: ModelOpt=None, threads: Threads=None, webhook: Webhook=None,
-    mqtt: Mqtt=None, history: History=None, keep_days: Days=30, snapshots: Snapshots=None, pixelate: Pixelate=True, loop: Repeat=False):
+    mqtt: Mqtt=None, history: History=None, keep_days: Days=30, snapshots: Snapshots=None, pixelate: Pixelate=True, loop: Repeat=False,
+    certificate: Certificate=None, key: Key=None):
     "Watch, and show it: a page for the duty officer and an API."
     said = locals() | dict(model=model or default_model(), json=json and str(json))
     from crowd_density.serve import serve

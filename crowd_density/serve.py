@@ -620,6 +620,8 @@ def serve(site, # a site file, or a `Site`
     if not is_local(host) and not (token or password):
         raise ServeError(f'host {host}', 'a token or password (CROWD_DENSITY_TOKEN, CROWD_DENSITY_PASSWORD) on any address but 127.0.0.1', 'none')
     Access(token, password)
+    for f in filter(None, (certificate, key)):
+        if not os.path.isfile(f): raise ServeError(f, 'a file for HTTPS, PEM', 'none')
     sock = _listen(host, port)
     try:
         watcher = make_watcher(site, model, threads, history, keep_days, realtime=True, loop=loop, snapshots=snapshots, pixelate=pixelate)

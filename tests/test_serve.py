@@ -350,6 +350,26 @@ def test_serve_on_every_address_with_a_token(tmp_path):
             assert [asks('/api/zones'), asks('/api/zones', authorization='Bearer ' + TOKEN[:-1]), asks('/api/zones', authorization=f'Bearer {TOKEN}')] == [401, 401, 200]
         finally: p.kill()
 
+def test_serve_over_https(tmp_path):
+    import httpx, ssl
+    from watching import has
+    subprocess.run([has('openssl', 'openssl'), 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '2', '-subj', '/CN=localhost', '-addext', 'subjectAltName=IP:127.0.0.1',
+                    '-keyout', 'key.pem', '-out', 'cert.pem'], cwd=tmp_path, check=True, capture_output=True)
+    write_video(tmp_path/'v.avi', (dots(60, i) for i in range(60)), 10)
+    (tmp_path/'site.toml').write_text(site_text({'gate': 'v.avi'}))
+    code = f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from watching import Dots; from crowd_density.serve import serve; sys.exit(serve("site.toml", port=0, model=Dots(), loop=True, certificate="cert.pem", key="key.pem"))'
+    with subprocess.Popen([sys.executable, '-c', code], cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=dict(os.environ, CROWD_DENSITY_PASSWORD=PASSWORD)) as p:
+        try:
+            url = re.search(r'https://127.0.0.1:\d+/', p.stdout.readline())[0]
+            with httpx.Client(base_url=url, verify=ssl.create_default_context(cafile=str(tmp_path/'cert.pem')), timeout=5) as web:
+                def ready():
+                    try: return web.get('ready').status_code == 200
+                    except httpx.HTTPError: return False
+                until(ready, 20)
+                r = web.post('login', data=dict(password=PASSWORD))
+                assert r.status_code == 303 and 'secure' in r.headers['set-cookie'].lower() and web.get('api/zones').status_code == 200
+        finally: p.kill()
+
 def screenshot(d, name): # RGB; kept where CROWD_DENSITY_SHOTS says
     import cv2
     png = d.get_screenshot_as_png()
