@@ -109,6 +109,25 @@ def test_dead_cameras_hold_up_nobody():
         for s in silent: s.close()
     assert all(level(w, f'dead {i}') == 'unknown' for i in range(6))
 
+@pytest.mark.slow
+def test_eight_streams_come_back_together():
+    "All behind one switch that is rebooted: the last is back within 10 s, too"
+    has_rtsp()
+    port, names = free_port(), [f'camera {i}' for i in range(8)]
+    w = Watcher(make_site({n: f'rtsp://127.0.0.1:{port}/live' for n in names}, rate=5, stale_after=2., for_=.2), Dots())
+    w.start()
+    try:
+        with rtsp(port): until(lambda: all(level(w, n) == 'clear' for n in names), 20)
+        until(lambda: all(level(w, n) == 'unknown' for n in names), 6)
+        time.sleep(6) # long enough for the longest wait between tries
+        with rtsp(port):
+            start = time.monotonic()
+            until(lambda: all(level(w, n) == 'clear' for n in names), 20)
+            back = time.monotonic() - start
+    finally: w.stop()
+    print(f'the last of eight is back after {back:.1f} s')
+    assert back < 10
+
 def eight(seconds, first):
     "8 real streams of 640x480: oldest picture judged, pictures judged, growth"
     has_rtsp()
