@@ -358,7 +358,8 @@ def test_serve_over_https(tmp_path):
     write_video(tmp_path/'v.avi', (dots(60, i) for i in range(60)), 10)
     (tmp_path/'site.toml').write_text(site_text({'gate': 'v.avi'}))
     code = f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from watching import Dots; from crowd_density.serve import serve; sys.exit(serve("site.toml", port=0, model=Dots(), loop=True, certificate="cert.pem", key="key.pem"))'
-    with subprocess.Popen([sys.executable, '-c', code], cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=dict(os.environ, CROWD_DENSITY_PASSWORD=PASSWORD)) as p:
+    env = dict(os.environ, CROWD_DENSITY_PASSWORD=PASSWORD)
+    with subprocess.Popen([sys.executable, '-c', code], cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=env) as p:
         try:
             url = re.search(r'https://127.0.0.1:\d+/', p.stdout.readline())[0]
             with httpx.Client(base_url=url, verify=ssl.create_default_context(cafile=str(tmp_path/'cert.pem')), timeout=5) as web:
