@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['OUTPUTS', 'HEAT', 'CELL', 'LEVEL', 'FEATURES', 'LOOKS', 'PROVIDERS', 'MARGIN', 'BUDGET', 'LARGE', 'ModelError',
            'update_card', 'model_path', 'tiles', 'regrid', 'Estimate', 'fit_interval', 'interval', 'features', 'unlike',
-           'fit_like', 'crowding', 'working_scale', 'finer_scale', 'choose_scale', 'fit_scale', 'Model', 'load',
-           'tile_map', 'overlay', 'says', 'stems', 'save_views', 'predict_files', 'finish_onnx', 'quantised',
-           'levelled', 'quantise', 'files_of', 'int8_loss', 'settle', 'coverage', 'table', 'model_card',
-           'write_model_card']
+           'fit_like', 'crowding', 'working_scale', 'finer_scale', 'choose_scale', 'fit_scale', 'Model', 'quantised',
+           'load', 'tile_map', 'overlay', 'says', 'stems', 'save_views', 'predict_files', 'finish_onnx', 'levelled',
+           'quantise', 'files_of', 'int8_loss', 'settle', 'coverage', 'table', 'model_card', 'write_model_card']
 
 # %% ../nbs/07_inference.ipynb #07-inference-005
 import hashlib, json, logging, os, struct, tempfile, time
@@ -60,23 +59,26 @@ OUTPUTS = dict(counting='density', segmentation='human', autoencoder='heatmap') 
 
 # %% ../nbs/07_inference.ipynb #07-inference-015
 _DOMAINS = ('', 'ai.onnx', 'com.microsoft') # whose operators come with ONNX Runtime itself
-_EXTERNAL = 'weights in another file (external data)'
+_EXTERNAL, _SPARSE = 'weights in another file (external data)', 'sparse weights'
 
 def _elsewhere(tensor): return any(n == 13 or (n == 14 and v == 1) for n, v, _ in _fields(tensor))
 
 def _node_problem(node):
-    "Why a node is not opened, or None; its attributes may hold tensors (5) and graphs (6)"
+    "Why a node is not opened, or None; its attributes may hold tensors (5, 10), graphs (6, 11) and sparse tensors (22, 23)"
     for n, v, _ in _fields(node):
+        if n == 4 and bytes(v) == b'EPContext': return 'a program compiled for a device (EPContext)'
         if n == 7 and bytes(v).decode() not in _DOMAINS: return f'an operator of the foreign domain {bytes(v).decode()!r}'
         parts = list(_fields(v)) if n == 5 else []
-        if any(k == 5 and _elsewhere(x) for k, x, _ in parts): return _EXTERNAL
+        if any(k in (5, 10) and _elsewhere(x) for k, x, _ in parts): return _EXTERNAL
+        if any(k in (22, 23) for k, *_ in parts): return _SPARSE
         for k, x, _ in parts:
-            if k == 6 and (problem := _graph_problem(x)): return problem
+            if k in (6, 11) and (problem := _graph_problem(x)): return problem
 
 def _graph_problem(graph):
-    "Why a graph is not opened, or None; it has nodes (1) and weights (5)"
+    "Why a graph is not opened, or None; it has nodes (1), weights (5) and sparse weights (15)"
     for n, v, _ in _fields(graph):
         if n == 5 and _elsewhere(v): return _EXTERNAL
+        if n == 15: return _SPARSE
         if n == 1 and (problem := _node_problem(v)): return problem
 
 # %% ../nbs/07_inference.ipynb #07-inference-017
@@ -97,7 +99,7 @@ def _read(path, wanted):
 def _card_in(path, text):
     "The card that `text` holds"
     try: card = json.loads(text)
-    except ValueError: card = None
+    except (ValueError, RecursionError): card = None
     if not isinstance(card, dict): raise ModelError(path, 'a model with a card of this project (JSON)', 'one without')
     return card
 
@@ -113,7 +115,7 @@ def _envelope(path # ONNX file
         props = [{n: bytes(x).decode() for n, x, _ in _fields(v)} for k, v in fields if k == 14]
         if len(graph) != 1: raise ValueError
         problem = 'functions of its own' if any(n == 25 for n, _ in fields) else _graph_problem(graph[0])
-    except (ValueError, TypeError, IndexError, AttributeError): raise ModelError(path, wanted, 'a file that is damaged, cut short or something else') from None
+    except (ValueError, TypeError, IndexError, AttributeError, RecursionError): raise ModelError(path, wanted, 'a file that is damaged, cut short or something else') from None
     if problem: raise ModelError(path, 'an ONNX model that stands alone', f'{problem}; it is not opened')
     card = _card_in(path, next((p.get(2) for p in props if p.get(1) == 'card'), None) or 'null')
     found, said = hashlib.sha256(graph[0]).hexdigest(), card.get('graph_sha256')
@@ -130,7 +132,7 @@ def _safe_header(path):
     try:
         header = json.loads(b[8:8+n])
         end = 8 + n + max((v['data_offsets'][1] for k, v in header.items() if k != '__metadata__'), default=0)
-    except (ValueError, AttributeError, TypeError, KeyError): raise ModelError(path, wanted, 'a header that is not one of safetensors') from None
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError): raise ModelError(path, wanted, 'a header that is not one of safetensors') from None
     if end != len(b): raise ModelError(path, f'{end} bytes', f'{len(b)} bytes: the file is damaged or cut short')
     return header, 8+n, b
 
@@ -243,17 +245,18 @@ def _scaled(rgb, # (h, w, 3)
     return size, lambda y, x: small[y[0]:y[1], x[0]:x[1]]
 
 # %% ../nbs/07_inference.ipynb #07-inference-041
-def _overlap(n, # pixels along the axis
-             m, # cells as they are
-             step, # side of the old cells, pixels; the last may stick out
-             cell # side of the new cells, pixels
-            )->np.ndarray: # (new cells, m) what part of each old cell lies in each new one
-    "How `m` cells of `step` pixels spread over cells of `cell` pixels"
-    new = -(-n // cell)
-    a, b = np.arange(m)*step, np.minimum(np.arange(1, m+1)*step, n)
-    lo, hi = np.arange(new)*cell, np.minimum(np.arange(1, new+1)*cell, n)
-    o = np.clip(np.minimum(b[None], hi[:, None]) - np.maximum(a[None], lo[:, None]), 0, None)
-    return (o / o.sum(0)).astype(np.float32)
+def _spread(d, # (m, k) people
+            n, # pixels along the first axis
+            step, # side of the old cells, pixels; the last may stick out
+            cell # side of the new cells, pixels
+           )->np.ndarray: # (ceil(n/cell), k)
+    "The same people in other cells along the first axis"
+    old, new = (np.minimum(np.arange(k+1)*s, n).astype(float) for k, s in ((len(d), step), (-(-n // cell), cell)))
+    old[-1] = n
+    a = np.union1d(old, new)
+    of, width = np.searchsorted(old, a[:-1], 'right') - 1, np.diff(old)
+    part = (np.diff(a)/width[of]).astype(np.float32)
+    return np.add.reduceat(d[of]*part[:, None], np.searchsorted(a, new[:-1]), axis=0)
 
 def regrid(density, # (m, n) people per cell
            size_hw, # `(height, width)` of the picture, pixels
@@ -261,8 +264,9 @@ def regrid(density, # (m, n) people per cell
            cell=8 # side of the new cells, pixels
           )->np.ndarray: # (ceil(h/cell), ceil(w/cell)) people per cell
     "The same people in cells of another size; the sum stays"
-    (h, w), (m, n), (sy, sx) = size_hw, density.shape, step_hw
-    return _overlap(h, m, sy, cell) @ density @ _overlap(w, n, sx, cell).T
+    (h, w), (sy, sx) = size_hw, step_hw
+    return np.ascontiguousarray(_spread(np.ascontiguousarray(_spread(density, h, sy, cell).T), w, sx, cell).T)
+
 
 # %% ../nbs/07_inference.ipynb #07-inference-044
 HEAT = 2*np.pi*4**2 # a lone head's peak is 1 in a heatmap of this scale (room 02)
@@ -531,6 +535,19 @@ def _session(path, threads=None, providers=None):
     if lost: raise ModelError(path, f'{lost[0]} to start', 'that it does not: are its driver and libraries installed?')
     return session
 
+# %% ../nbs/07_inference.ipynb #07-inference-068c
+def _possible(path, card):
+    "Stride, multiple, mean and deviation of the card's normalisation, if a model can have them"
+    stride, multiple = (card.get(k) or d for k, d in (('stride', 8), ('multiple', 32)))
+    if multiple not in (8, 16, 32, 64) or stride not in (1, 2, 4, 8, 16, 32) or multiple % stride:
+        raise ModelError(path, 'a card whose multiple is 8, 16, 32 or 64 and whose stride divides it', f'{multiple!r} and {stride!r}')
+    try: mean, std = (np.asarray(card.get(k) or [.5]*3, np.float32).reshape(3) for k in ('mean', 'std'))
+    except (TypeError, ValueError): mean = std = np.full(3, np.nan)
+    if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+        raise ModelError(path, 'a card whose mean and std are three numbers each, std above 0', f'{card.get("mean")!r} and {card.get("std")!r}')
+    return stride, multiple, mean, std
+
+
 # %% ../nbs/07_inference.ipynb #07-inference-070
 MARGIN = {'counting': 128, 'segmentation': 64} # pixels that a tile sees beyond what it is asked about
 BUDGET = {'counting': 2**20, 'segmentation': 2**19} # pixels of a tile, where a picture does not go through a model in one piece
@@ -549,7 +566,8 @@ class Model:
         ins, outs = self.session.get_inputs(), {o.name for o in self.session.get_outputs()}
         if [i.name for i in ins] != ['image'] or len(ins[0].shape) != 4 or OUTPUTS[self.task] not in outs:
             raise ModelError(path, f"input 'image' (1, 3, h, w) and output '{OUTPUTS[self.task]}'", f'{[i.name for i in ins]} and {sorted(outs)}')
-        self.stride = int(self.card.get('stride') or 8) if self.task == 'counting' else 1
+        stride, self.multiple, self.mean, self.std = _possible(path, self.card)
+        self.stride = stride if self.task == 'counting' else 1
         self.multiple = int(self.card.get('multiple') or 32)
         self.mean, self.std = (np.asarray(self.card.get(k) or [.5]*3, np.float32) for k in ('mean', 'std'))
         self.gain = float(self.card.get('int8_gain') or 1) # makes up for what an int8 copy loses on average
@@ -575,6 +593,16 @@ class Model:
         return x
 
 # %% ../nbs/07_inference.ipynb #07-inference-072
+def quantised(path # ONNX file
+             )->Path: # its int8 copy
+    "The int8 copy beside a model, if it was made from the same weights"
+    path = Path(path)
+    copy = path.with_suffix('.int8.onnx')
+    if not copy.is_file(): raise ModelError(path, f'its int8 copy {copy.name} beside it; `quantise` makes one from a few pictures', 'none')
+    want, found = (_envelope(p)[0].get('sha256') for p in (path, copy))
+    if want != found: raise ModelError(copy, f'a copy of {path.name} (sha256 {str(want)[:12]}…)', f'{str(found)[:12]}…')
+    return copy
+
 def load(name='counting', # 'counting', 'segmentation', a `.onnx` or `.safetensors` file, or the folder of a run
          threads=None, # of the processor; all that this process may use if None
          providers=None, # 'cpu', 'cuda', 'openvino' or ONNX Runtime's own names
@@ -848,16 +876,6 @@ class _Pictures:
         if rgb is None: return None
         (h, w), cut = _scaled(rgb, working_scale(self.model.card.get('scale'), rgb.shape[:2]))
         return {'image': self.model.blob(cut((0, max(h//32*32, 32)), (0, max(w//32*32, 32))))}
-
-def quantised(path # ONNX file
-             )->Path: # its int8 copy
-    "The int8 copy beside a model, if it was made from the same weights"
-    path = Path(path)
-    copy = path.with_suffix('.int8.onnx')
-    if not copy.is_file(): raise ModelError(path, f'its int8 copy {copy.name} beside it; `quantise` makes one from a few pictures', 'none')
-    want, found = (_envelope(p)[0].get('sha256') for p in (path, copy))
-    if want != found: raise ModelError(copy, f'a copy of {path.name} (sha256 {str(want)[:12]}…)', f'{str(found)[:12]}…')
-    return copy
 
 # %% ../nbs/07_inference.ipynb #07-inference-109
 def _delicate(proto):
