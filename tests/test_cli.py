@@ -157,6 +157,17 @@ def test_predict_reads(kind, photo, models, tmp_path):
     assert list(o) == ['file', 'count', 'low', 'high', 'share', 'seconds', 'error']
     assert o['file'] == str(p) and o['error'] is None and o['count'] >= 0 and str(p) in got.stdout
 
+def test_bits_and_provider_are_those_asked_for_or_refused(photo, tmp_path):
+    from crowd_density.inference import quantise
+    p, m = photo(), tiny.counting(tmp_path/'m.onnx')
+    ask = lambda *more: run('predict', p, '--model', m, '--json', tmp_path/'o.jsonl', *more)
+    assert ask('--bits', 32, '--provider', 'cpu').exit_code == 0
+    for more, word in ((('--bits', 8), 'quantise'), (('--bits', 16), 'expected 8 or 32'), (('--provider', 'abacus'), 'abacus')):
+        got = ask(*more)
+        assert got.exit_code == 2 and word in got.output, got.output
+    quantise(m, [np.full((96, 128, 3), k, np.uint8) for k in (20, 200)])
+    assert ask('--bits', 8).exit_code == 0 and lines(tmp_path/'o.jsonl')[0]['count'] >= 0
+
 def test_predict_16_bit(tmp_path, models):
     Image.fromarray((np.arange(64*64).reshape(64, 64)*16).astype(np.uint16)).save(tmp_path/'deep.png')
     assert run('predict', tmp_path/'deep.png', '--model', models['counting']).exit_code == 0
