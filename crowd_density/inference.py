@@ -1028,7 +1028,7 @@ def model_card(card # of the weights, from their file
              lines(['architecture', 'encoder', 'parameters', 'created', 'licence', 'sha256', 'bits']),
              '### Data and terms', lines(['data', 'terms', 'split', 'seed']) or 'Not stated.',
              '### What was selected on what', _cell(c.get('selected')) or _SELECTED,
-             lines(['judged', 'recipe', 'threshold', 'sigma', 'size', 'scale', 'share']),
+             lines(['judged', 'recipe', 'threshold', 'sigma', 'size', 'scale', 'looks', 'share']),
              '### Figures', _figures(c.get('figures') or {}, 4) or 'None yet.']
     if c.get('interval'): parts += ['### Interval', _said_interval(c['interval'])]
     parts += ['### Where it fails', _figures(c.get('failures') or {}, 4) or 'Not measured for these weights.',
