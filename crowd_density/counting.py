@@ -9,12 +9,12 @@ __all__ = ['BINS', 'HEADS', 'LOSSES', 'SCALES', 'RECIPES', 'PURE', 'TRAIN', 'FIN
            'TransportLoss', 'SquareLoss', 'Atlas', 'add_scenes', 'cut', 'tone', 'dct_matrix', 'jpeg_like', 'blur',
            'wear', 'cut_outs', 'targets', 'CropLoader', 'normalised', 'FixedCrops', 'Bank', 'kind_shares', 'Dice',
            'Average', 'plain_copy', 'bare', 'Checkpoint', 'SkipTo', 'History', 'crop_mae', 'optimizer', 'halves',
-           'counting_learner', 'Places', 'Captured', 'compiled_whole', 'agreed', 'Minutes', 'several', 'own_device',
-           'density_of', 'judge', 'told', 'sample_scenes', 'sketch', 'flat_cos', 'fit_phase', 'restore', 'fit_gain',
-           'reported', 'counting_card', 'save_counting', 'settled', 'train_counting', 'made', 'finish', 'judged_card',
-           'carried', 'stand_in', 'halved', 'carried_encoder', 'pack_code', 'on_disk', 'size_of', 'places', 'coded',
-           'fitting_quality', 'pack', 'pack_data', 'mixed', 'own_sides', 'fine_tune', 'steadier', 'own_gain',
-           'best_mixture']
+           'counting_learner', 'Distil', 'taught', 'said', 'Places', 'Captured', 'compiled_whole', 'agreed', 'Minutes',
+           'several', 'own_device', 'density_of', 'judge', 'told', 'sample_scenes', 'sketch', 'flat_cos', 'fit_phase',
+           'restore', 'fit_gain', 'reported', 'counting_card', 'save_counting', 'settled', 'train_counting', 'made',
+           'finish', 'judged_card', 'carried', 'stand_in', 'halved', 'carried_encoder', 'pack_code', 'on_disk',
+           'size_of', 'places', 'coded', 'fitting_quality', 'pack', 'pack_data', 'mixed', 'own_sides', 'fine_tune',
+           'steadier', 'own_gain', 'best_mixture']
 
 # %% ../nbs/05_counting.ipynb #05-counting-004
 import csv, importlib.util, io, json, math, os, platform, shutil, tempfile, time, warnings
@@ -707,6 +707,43 @@ def counting_learner(dls,        # `DataLoaders` of a `CropLoader` and a `FixedC
     learn.add_cb(GradientClip(1.))
     return learn
 
+# %% ../nbs/05_counting.ipynb #05-counting-093b
+class Distil(Callback):
+    "Mixes what a frozen teacher sees on the same disturbed crops into the counts to learn"
+    def __init__(self,
+                 teacher,  # a `CountingModel`; any module that answers as one does
+                 share=.5  # of the teacher in the counts, 0..1
+                ):
+        if not 0 <= share <= 1: raise ValueError(f'share of the teacher: expected 0 to 1, found {share}')
+        self.teacher, self.share = teacher.eval().requires_grad_(False), share
+
+    def softened(self,
+                 x, # (n, 3, h, w) crops
+                 y  # (n, 1, h/8, w/8) people per cell
+                ):  # same shape as `y`
+        "The counts to learn from"
+        with torch.no_grad(): return torch.lerp(y, self.teacher(x).to(y), self.share)
+
+    def before_batch(self):
+        if self.training: self.learn.yb = (self.softened(*self.xb, *self.yb),)
+
+def taught(recipe, # a dict as in `RECIPES`; `teacher`: `.safetensors` of a counting model
+           device='cpu'
+          )->Distil: # or None: no teacher, or no share in the counts
+    "The teacher of a recipe"
+    file, share = recipe.get('teacher'), recipe.get('share', .5)
+    if not file or not share: return
+    card = read_card(file)
+    if card.get('split') != 'train': raise DataError(file, 'a teacher whose card says that it learned from `train` alone', f"{card.get('split')}")
+    head = LOSSES[card.get('recipe', {}).get('loss', 'blocks')][1]
+    teacher = CountingModel(card.get('encoder', 'lite0'), pretrained=False, head=head)
+    load_weights(file, teacher)
+    return Distil(teacher.to(device, memory_format=torch.channels_last), share)
+
+def said(recipe):
+    "A recipe as it is written down: its teacher by sha256, for a path says nothing elsewhere"
+    return {**recipe, 'teacher': read_card(recipe['teacher'])['sha256']} if recipe.get('teacher') else recipe
+
 # %% ../nbs/05_counting.ipynb #05-counting-095
 class Places(DataLoader):
     "As many batches as an epoch has for `Captured`; it draws the real ones itself"
@@ -719,8 +756,9 @@ class Places(DataLoader):
 class Captured(Callback):
     "Replays the whole step as one CUDA graph, `times` a batch"
     order = 80
-    def __init__(self, bank, average, compiled=True, clip=1., times=8):
+    def __init__(self, bank, average, compiled=True, clip=1., times=8, distil=None):
         self.bank, self.average, self.compiled, self.clip, self.times, self.graph = bank, average, compiled, clip, times, None
+        self.distil = distil
 
     def before_fit(self):
         opt, model, device = self.opt.opt, self.learn.model, self.bank.device
@@ -737,7 +775,9 @@ class Captured(Callback):
 
     def step(self):
         x, y = self.bank.draw()
-        with torch.autocast(self.bank.device.type, torch.bfloat16, enabled=self.cuda, cache_enabled=False): pred = self.forward(x)
+        with torch.autocast(self.bank.device.type, torch.bfloat16, enabled=self.cuda, cache_enabled=False):
+            if self.distil: y = self.distil.softened(x, y)
+            pred = self.forward(x)
         loss = self.learn.loss_func(pred.float(), y)
         for p in self.trained: p.grad = None
         loss.backward()
@@ -916,6 +956,7 @@ def fit_phase(out,         # folder of the phase: checkpoint, history
     "Train one phase of a recipe, from the state dict `start` or from ImageNet"
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    distil = taught(recipe, atlas.device)
     torch.manual_seed(seed)
     device, bs, size, per_item = torch.device(atlas.device), recipe['bs'], recipe['size'], recipe.get('per_item', 1)
     rank, n = rank_distrib(), max(num_distrib(), 1)
@@ -933,8 +974,9 @@ def fit_phase(out,         # folder of the phase: checkpoint, history
     elif not rank: (out/'history.csv').unlink(missing_ok=True)
     cbs = [flat_cos(recipe['lr']), average, SkipTo(epoch), Checkpoint(file, average, **({'every_s': 45} if bank else {})), History(out/'history.csv', report)]
     if minutes: cbs.append(Minutes(minutes))
-    if bank: cbs.append(Captured(bank, average, recipe['compiled']))
+    if bank: cbs.append(Captured(bank, average, recipe['compiled'], distil=distil))
     elif recipe['compiled']: compile_stem(learn.model, dls.train.one_batch()[0])
+    if distil and not bank: cbs.append(distil)
     cbs += several(learn, device)
     if epoch < epochs:
         with learn.no_bar(), learn.no_logging(): learn.fit(10_000 if minutes else epochs, cbs=cbs)
@@ -971,7 +1013,7 @@ def counting_card(recipe, name, seed, data, figures, encoder='lite0', **more):
     "What the weights' file says of itself"
     mean, std = LITE_STATS
     return dict(task='counting', architecture='CountingModel', encoder=encoder, mean=mean, std=std, stride=CountingModel.stride,
-                multiple=CountingModel.multiple, size=recipe['size'], data=data, split='train', seed=seed, recipe={'name': name, **recipe},
+                multiple=CountingModel.multiple, size=recipe['size'], data=data, split='train', seed=seed, recipe={'name': name, **said(recipe)},
                 terms='pictures for research; no licence stated by their authors', licence='research use (LICENSE-WEIGHTS)',
                 versions={p: version(p) for p in ('torch', 'fastai', 'timm', 'numpy')} | dict(python=platform.python_version()),
                 created=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), figures=figures, **more)
@@ -996,7 +1038,7 @@ def settled(out,    # folder of the run
     name = recipe if isinstance(recipe, str) else 'own'
     if isinstance(recipe, str) and recipe not in RECIPES: raise ValueError(f'recipe {recipe}: expected one of {", ".join(RECIPES)}')
     recipe, file = dict(RECIPES[recipe]) if isinstance(recipe, str) else {**RECIPES['quick'], **recipe}, Path(out)/'run.json'
-    run = json.loads(json.dumps(dict(name=name, recipe=recipe, **more)))
+    run = json.loads(json.dumps(dict(name=name, recipe=said(recipe), **more)))
     if resume and file.exists():
         was = json.loads(file.read_text())
         same = [{k: v for k, v in r['recipe'].items() if k not in ('judged', 'final')} | {k: r.get(k) for k in ('seed', 'encoder')} for r in (was, run)]

@@ -7,9 +7,10 @@ import numpy as np, pytest, torch
 from fastai.data.core import DataLoaders
 from hypothesis import given, settings, strategies as st
 
-from crowd_density.counting import (HEADS, LOSSES, Atlas, Average, Bank, BayesianLoss, BinLoss, BlockLoss, Captured, CountingModel, CropLoader, FixedCrops,
-    InflatedLoss, Minutes, Places, RECIPES, TransportLoss, add_scenes, counting_learner, cut, cut_outs, density_of, fine_tune, fit_gain, fit_phase,
-    flat_cos, halved, kind_shares, mixed, n_parameters, near, negative_binomial, own_sides, pack, plain_copy, size_of, targets, train_counting)
+import crowd_density.counting as counting
+from crowd_density.counting import (HEADS, LOSSES, Atlas, Average, Bank, BayesianLoss, BinLoss, BlockLoss, Captured, CountingModel, CropLoader, Distil,
+    FixedCrops, InflatedLoss, Minutes, Places, RECIPES, TransportLoss, add_scenes, counting_learner, cut, cut_outs, density_of, fine_tune, fit_gain, fit_phase,
+    flat_cos, halved, kind_shares, mixed, n_parameters, near, negative_binomial, own_sides, pack, plain_copy, size_of, targets, taught, train_counting)
 from crowd_density.data import DataError, open_data, split_of
 from crowd_density.segmentation import load_weights
 from crowd_density.synthetic import scene, write_dataset
@@ -260,10 +261,77 @@ def test_every_loss_trains(atlas, tmp_path, loss):
     m = fit_phase(tmp_path, atlas, atlas, 1, {**TINY, 'loss': loss})
     assert density_of(m, np.zeros((64, 64, 3), np.uint8)).shape == (8, 8)
 
-def test_the_recorded_step_learns_what_the_ordinary_one_learns(atlas, bank):
+class Knows(torch.nn.Module):
+    "A teacher that sees the truth: it draws the same batches"
+    def __init__(self, atlas):
+        super().__init__()
+        self.answers = iter(CropLoader(atlas, 4, 64))
+    def forward(self, x):
+        crops, people = next(self.answers)
+        assert torch.equal(crops, x)
+        return people
+
+def same(a, b): return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
+
+@pytest.fixture
+def pupil(trained): return {**TINY, 'teacher': str(trained[0]/'judged'/'model.safetensors')}
+
+def test_a_teacher_that_knows_the_truth_changes_nothing(atlas, tmp_path, monkeypatch, one_thread):
+    alone = fit_phase(tmp_path/'alone', atlas, atlas, 1, TINY)
+    with monkeypatch.context() as m:
+        m.setattr(counting, 'taught', lambda *args: Distil(Knows(atlas), .7))
+        assert same(fit_phase(tmp_path/'taught', atlas, atlas, 1, TINY), alone)
+
+def test_no_share_is_no_teacher(atlas, pupil, tmp_path, one_thread):
+    alone, none, half = [fit_phase(tmp_path/str(i), atlas, atlas, 1, r) for i, r in enumerate((TINY, {**pupil, 'share': 0}, pupil))]
+    assert same(none, alone) and not same(half, alone)
+    assert taught({'teacher': 'nowhere', 'share': 0}) is None and taught(TINY) is None
+
+def test_a_teacher_is_neither_trained_nor_kept(atlas, pupil, tmp_path, monkeypatch):
+    teacher, known = taught(pupil), load_weights(pupil['teacher'])[0]
+    monkeypatch.setattr(counting, 'taught', lambda *args: teacher)
+    fit_phase(tmp_path, atlas, atlas, 1, pupil)
+    assert all(torch.equal(v, known[k]) for k, v in teacher.teacher.state_dict().items())
+    assert not any(o.training for o in teacher.teacher.modules()) and all(o.grad is None for o in teacher.teacher.parameters())
+    state = torch.load(tmp_path/'checkpoint.pth', weights_only=True)
+    assert sorted(state) == ['average', 'epoch', 'model', 'opt', 'steps'] and state['model'].keys() == known.keys()
+    assert sum(len(g['params']) for g in state['opt']['param_groups']) == len([*CountingModel(pretrained=False).parameters()])
+
+def test_a_taught_run_is_resumed(atlas, pupil, tmp_path, monkeypatch, one_thread):
+    def stop(row):
+        if row['epoch'] == 2: raise RuntimeError('stopped')
+    monkeypatch.setattr(counting.Checkpoint.__init__, '__defaults__', (0,))
+    whole = fit_phase(tmp_path/'whole', atlas, atlas, 3, pupil)
+    with pytest.raises(RuntimeError, match='stopped'): fit_phase(tmp_path/'part', atlas, atlas, 3, pupil, report=stop)
+    again = fit_phase(tmp_path/'part', atlas, atlas, 3, pupil, resume=True)
+    for a, b in zip(again.state_dict().values(), whole.state_dict().values()): assert torch.allclose(a.float(), b.float(), atol=1e-4, rtol=1e-3)
+
+def test_a_run_with_a_teacher_from_folder_to_weights(trained, folder, pupil, tmp_path):
+    card = train_counting(folder, tmp_path/'run', {**pupil, 'judged': 1})
+    written, known = (tmp_path/'run'/'run.json').read_text(), load_weights(pupil['teacher'])[1]['sha256']
+    assert card['recipe']['teacher'] == known and known in written and pupil['teacher'] not in written + json.dumps(card)
+    train_counting(folder, tmp_path/'run', {**pupil, 'judged': 1}, resume=True)
+    counting.save_weights(tmp_path/'other.safetensors', CountingModel(pretrained=False).state_dict(), dict(split='train'))
+    with pytest.raises(DataError, match='run.json'):
+        train_counting(folder, tmp_path/'run', {**pupil, 'teacher': str(tmp_path/'other.safetensors')}, resume=True)
+
+def test_a_teacher_that_saw_more_than_train_is_refused(trained):
+    with pytest.raises(DataError, match='train` alone'): taught({'teacher': trained[0]/'model.safetensors'})
+    with pytest.raises(ValueError, match='expected 0 to 1'): Distil(CountingModel(pretrained=False), 1.1)
+
+@pytest.mark.parametrize('loss', LOSSES)
+def test_every_kind_of_model_teaches_and_learns(atlas, tmp_path, loss):
+    model = CountingModel(pretrained=False, head=LOSSES[loss][1])
+    file = tmp_path/'teacher.safetensors'
+    counting.save_weights(file, model.state_dict(), dict(split='train', recipe=dict(loss=loss)))
+    assert np.isfinite(density_of(fit_phase(tmp_path, atlas, atlas, 1, {**TINY, 'loss': loss, 'teacher': file}), np.zeros((64, 64, 3), np.uint8))).all()
+
+@pytest.mark.parametrize('share', [0., .5])
+def test_the_recorded_step_learns_what_the_ordinary_one_learns(atlas, bank, share):
     "The same crops, the same rate: `Captured` (unrecorded) and fastai's own step end at the same weights"
     torch.manual_seed(0)
     start, batches = CountingModel(pretrained=False), [bank.draw() for _ in range(4)]
+    distil = Distil(CountingModel(pretrained=False), share) if share else None
     class Given:
         bs, size, device = bank.bs, bank.size, bank.device
         def __init__(self): self.left = iter(batches)
@@ -276,7 +344,8 @@ def test_the_recorded_step_learns_what_the_ordinary_one_learns(atlas, bank):
         train = Places(given, 4*given.bs, 2) if own else Batches(given, 4*given.bs, 1)
         learn = counting_learner(DataLoaders(train, FixedCrops(atlas, 8, 64)), model)
         average.model = plain_copy(model)
-        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=[average] + own*[Captured(given, average, compiled=False, times=2)])
+        cb = Captured(given, average, compiled=False, times=2, distil=distil) if own else distil
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=[o for o in (average, cb) if o])
         ends.append([*learn.model.parameters(), *average.model.state_dict().values()])
         assert average.n == 4
     for a, b in zip(*ends): assert torch.allclose(a.float(), b.float(), atol=1e-5, rtol=1e-4)
