@@ -59,7 +59,8 @@ def ask(web, r):
     headers = {'content-type': r.choice(['application/json', 'multipart/form-data', 'multipart/form-data; boundary=x', 'image/jpeg', 'text/plain'])} if r.random() < .5 else {}
     if r.random() < .2: headers['x-' + 'y'*r.randint(1, 30)] = 'z'*r.randint(0, 3000)
     body = r.choice([b'', b'{', b'--x\r\n', b'null', r.randbytes(r.randint(0, 3000))])
-    return web.request(r.choice(['GET', 'GET', 'POST', 'PUT', 'DELETE', 'OPTIONS', 'HEAD']), path, params=params, headers=headers, content=body)
+    url = str(web.base_url).rstrip('/') + path # a path alone that begins with two slashes would be taken for another host
+    return web.request(r.choice(['GET', 'GET', 'POST', 'PUT', 'DELETE', 'OPTIONS', 'HEAD']), url, params=params, headers=headers, content=body)
 
 def answered(asked):
     "The answer, or None where the server closed the connection on a body that it did not want"
