@@ -304,9 +304,8 @@ def loaded(model, threads=None, provider=None, bits=None):
     return inference.load(model, threads=threads, providers=provider, int8=None if bits is None else bits == 8)
 
 @verb
-def evaluate(model: ModelArg, data: Data, part: Part=None, split: Split=None, every: Every=1, json: Json=None,
-    figures: Figures=None, seed: Seed=0, threads: Threads=None,
-    provider: Provider=None, bits: Bits=None):
+def evaluate(model: ModelArg, data: Data, part: Part=None, split: Split=None, every: Every=1, json: Json=None, figures: Figures=None,
+    seed: Seed=0, threads: Threads=None, provider: Provider=None, bits: Bits=None):
     "Every figure of the report and the field's own, beside the constant predictor's."
     from crowd_density import report
     m = loaded(model, threads, provider, bits)

@@ -37,6 +37,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import patch
 from PIL import Image
+from scipy.stats import t as student
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
@@ -1308,16 +1309,16 @@ def fine_tune(weights,      # `.safetensors` of a counting model
 def steadier(before, # (n,) errors, people
              after   # (n,) errors on the same pictures
             )->bool:
-    "Is the gain larger than its own standard error? With one picture nobody knows"
-    d = np.asarray(before) - np.asarray(after)
-    return len(d) > 1 and bool(d.mean() > d.std(ddof=1)/len(d)**.5)
+    "Would chance alone make so much of an improvement in less than one case of ten? (Student's t; with one picture nobody knows)"
+    d = np.asarray(before, float) - np.asarray(after)
+    return len(d) > 1 and bool(d.mean() > student.ppf(.9, len(d) - 1)*d.std(ddof=1)/len(d)**.5)
 
 def own_gain(true, predicted # (n,) people on pictures of one camera
             )->float: # 1 where it would not clearly help
     "The factor that makes up for a camera of which the model always sees too few or too many"
-    t, p = (np.asarray(v, float) for v in (true, predicted))
-    g = float(np.exp(np.log((t + 1)/(p + 1)).sum()/(len(t) + 2))) # as if two more pictures had been right
-    return g if steadier(abs(p - t), abs(g*p - t)) else 1.
+    n, p = (np.asarray(v, float) for v in (true, predicted))
+    g = float(np.exp(np.log((n + 1)/(p + 1)).sum()/(len(n) + 2))) # as if two more pictures had been right
+    return g if steadier(abs(p - n), abs(g*p - n)) else 1.
 
 def best_mixture(model, old, new, tune, own, valid, before, out, card, recipe, seed):
     "Choose the share of the new weights on `tune`, or else a gain on all of one's `own`; report `valid`, save"
