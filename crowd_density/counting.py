@@ -1306,28 +1306,30 @@ def fine_tune(weights,      # `.safetensors` of a counting model
     return best_mixture(model, old, new, tune, own, valid, before, out, card, r, seed)
 
 # %% ../nbs/05_counting.ipynb #05-counting-173
-def steadier(before, # (n,) errors, people
-             after   # (n,) errors on the same pictures
+def steadier(true,   # (n,) people
+             before, # (n,) people counted
+             after   # (n,) people counted on the same pictures
             )->bool:
-    "Would chance alone make so much of an improvement in less than one case of ten? (Student's t; with one picture nobody knows)"
-    d = np.asarray(before, float) - np.asarray(after)
+    "Would chance alone make so much of an improvement in less than one case of ten? (Student's t, on square roots; with one picture nobody knows)"
+    n, was, now = (np.sqrt(np.asarray(v, float)) for v in (true, before, after)) # an error of 5 in 9 and one of 15 in 81 are alike
+    d = abs(was - n) - abs(now - n)
     return len(d) > 1 and bool(d.mean() > student.ppf(.9, len(d) - 1)*d.std(ddof=1)/len(d)**.5)
 
 def own_gain(true, predicted # (n,) people on pictures of one camera
             )->float: # 1 where it would not clearly help
     "The factor that makes up for a camera of which the model always sees too few or too many"
     n, p = (np.asarray(v, float) for v in (true, predicted))
-    g = float(np.exp(np.log((n + 1)/(p + 1)).sum()/(len(n) + 2))) # as if two more pictures had been right
-    return g if steadier(abs(p - n), abs(g*p - n)) else 1.
+    g = float(np.clip(np.exp(np.log((n + 1)/(p + 1)).sum()/(len(n) + 2)), .8, 1.25)) # as if two more pictures had been right
+    return g if steadier(n, p, g*p) else 1.
 
 def best_mixture(model, old, new, tune, own, valid, before, out, card, recipe, seed):
     "Choose the share of the new weights on `tune`, or else a gain on all of one's `own`; report `valid`, save"
     def counts(share, atlas):
         model.load_state_dict(mixed(old, new, share))
         return np.array([r[2:] for r in judge(model, atlas)['rows']], float).T
-    errors = {o: np.abs(np.subtract(*counts(o, tune))) for o in (0., .25, .5, .75, 1.)}
-    share = min(errors, key=lambda o: errors[o].mean())
-    if not steadier(errors[0.], errors[share]): share = 0.
+    found = {o: counts(o, tune) for o in (0., .25, .5, .75, 1.)}
+    share = min(found, key=lambda o: np.abs(np.subtract(*found[o])).mean())
+    if not steadier(*found[0.], found[share][1]): share = 0.
     gain = own_gain(*counts(0., own)) if share == 0 else 1.
     model.load_state_dict(mixed(old, new, share))
     model.gain *= gain
