@@ -434,7 +434,7 @@ def test_rule_error_is_the_slow_one(seed):
     columns = inf._columns(rows, looks)
     rules = list(inf._rules(looks, columns[3]))
     for rule in rules: np.testing.assert_allclose(inf._rule_error(columns, rule), slow_rule_error(rows, looks, rule), rtol=1e-9)
-    best = inf.choose_scale(rows, worth=0)['error']
+    best = inf.choose_scale(rows, worth=0, plain=0)['error']
     assert abs(best - min(slow_rule_error(rows, looks, x)[0] for x in rules)) < 1e-4
     assert all(x[1] != 0 and x[3] != 0 for x in rules) # nothing is counted by a peek
 

@@ -446,16 +446,16 @@ def test_page_finds_a_server_that_comes_back(tmp_path):
 
 def test_login_in_a_browser(tmp_path):
     stage = Stage(password=PASSWORD)
+    def text(of): return d.execute_script(f'return document.querySelector("{of}")?.innerText || ""') # in one step: the page draws itself anew meanwhile
     with browser(tmp_path) as d, server(stage) as (base, _, stop):
         d.get(base)
         assert d.current_url.endswith('/login')
         for password in ('wrong horse', PASSWORD):
             d.find_element('css selector', 'input[type=password]').send_keys(password)
             d.find_element('css selector', 'button').click()
-            if password != PASSWORD: until(lambda: 'not the password' in d.find_element('css selector', '#wrong').text)
+            if password != PASSWORD: until(lambda: 'not the password' in text('#wrong'))
         until(lambda: d.execute_script('return document.querySelector("#summary")?.innerText') == '1 clear', 20)
-        button = d.find_element('css selector', '#events button')
-        button.click()
-        until(lambda: 'seen' in d.find_element('css selector', '#events').text, 10)
+        d.execute_script('document.querySelector("#events button").click()')
+        until(lambda: 'seen' in text('#events'), 10)
         d.find_element('css selector', '#leave button').click()
         until(lambda: d.current_url.endswith('/login'), 10)
