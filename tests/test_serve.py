@@ -445,14 +445,23 @@ def test_page_finds_a_server_that_comes_back(tmp_path):
         down(s, t)
 
 def test_login_in_a_browser(tmp_path):
+    StaleElementReferenceException = pytest.importorskip('selenium.common.exceptions').StaleElementReferenceException
     stage = Stage(password=PASSWORD)
     def text(of): return d.execute_script(f'return document.querySelector("{of}")?.innerText || ""') # in one step: the page draws itself anew meanwhile
+    def entered(password):
+        "Type it and press the button; not if a new page has come in between"
+        try:
+            field = d.find_element('css selector', 'input[type=password]')
+            field.clear()
+            field.send_keys(password)
+            d.find_element('css selector', 'button').click()
+        except StaleElementReferenceException: return False
+        return True
     with browser(tmp_path) as d, server(stage) as (base, _, stop):
         d.get(base)
         assert d.current_url.endswith('/login')
         for password in ('wrong horse', PASSWORD):
-            d.find_element('css selector', 'input[type=password]').send_keys(password)
-            d.find_element('css selector', 'button').click()
+            until(lambda: entered(password))
             if password != PASSWORD: until(lambda: 'not the password' in text('#wrong'))
         until(lambda: d.execute_script('return document.querySelector("#summary")?.innerText') == '1 clear', 20)
         d.execute_script('document.querySelector("#events button").click()')
