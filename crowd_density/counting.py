@@ -1297,11 +1297,12 @@ def fine_tune(weights,      # `.safetensors` of a counting model
     data, rehearse = (open_data(o) if isinstance(o, (str, Path)) else o for o in (data, rehearse))
     model = CountingModel(read_card(weights).get('encoder', 'lite0'), pretrained=False)
     old, card = load_weights(weights, model)
-    train, tune, valid = [Atlas().add_items(o) for o in own_sides(data, seed)]
+    sides = own_sides(data, seed)
+    train, tune, valid = [Atlas().add_items(o) for o in sides]
+    own = Atlas().add_items([*sides[0], *sides[1]])
     before = judge(model.eval(), valid)
     for o in (rehearse or ()): train.add(o.rgb(), o.points(), o.part or 'own', o.name)
     r = {**FINE, 'judged': epochs, 'name': 'fine-tune'}
-    own = Atlas().add_items(data.new([o for part in own_sides(data, seed)[:2] for o in part]))
     new = fit_phase(Path(out)/'fine', add_scenes(train, *made, seed), tune, epochs, r, seed, old, resume, card.get('encoder', 'lite0'), report).state_dict()
     return best_mixture(model, old, new, tune, own, valid, before, out, card, r, seed)
 

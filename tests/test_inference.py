@@ -523,7 +523,7 @@ def test_a_segmentation_model_looks_as_often_as_its_card_says(tmp_path, monkeypa
     sizes, run = [], m.run
     monkeypatch.setattr(m, 'run', lambda x: sizes.append(x.shape[0]*x.shape[1]) or run(x))
     big = np.tile(rgb[:128, :128], (32, 32, 1))
-    assert m.predict(big).human.shape == big.shape[:2] and sum(sizes) <= 2.25*2.2*inf.REDUCED
+    assert m.predict(big).human.shape == big.shape[:2] and sum(sizes) <= 2.25*1.5*inf.LARGE
 
 def test_segmentation_tiles(tmp_path):
     m = load(toy(tmp_path/'s.onnx', 'segmentation'))
@@ -532,13 +532,13 @@ def test_segmentation_tiles(tmp_path):
     assert np.abs(m.predict(picture(300, 500)).human - whole).max() < 1e-3
 
 def test_large_pictures_are_segmented_at_a_megapixel(tmp_path):
-    "24 megapixels take the work of less than one, margins of tiles included at most of 1.7, and come back at their own size; up to a megapixel a picture stays as it is"
+    "24 megapixels take the work of less than one, margins of tiles included at most of one and a half, and come back at their own size; up to a megapixel a picture stays as it is"
     m = load(toy(tmp_path/'s.onnx', 'segmentation'))
     run, seen = m.run, []
     m.run = lambda rgb: seen.append(rgb.shape[0]*rgb.shape[1]) or run(rgb)
     big = np.ascontiguousarray(np.tile(picture(200, 300), (20, 20, 1)))
     e = m.predict(big)
-    assert e.human.shape == e.mask().shape == (4000, 6000) and sum(seen) <= 2.2*inf.REDUCED and abs(e.scale**2*big[..., 0].size/inf.REDUCED - 1) < .01
+    assert e.human.shape == e.mask().shape == (4000, 6000) and sum(seen) <= 1.5*inf.LARGE and abs(e.scale**2*big[..., 0].size/inf.REDUCED - 1) < .01
     assert m.predict(picture(1000, 1000)).scale == 1
 
 def test_autoencoder(tmp_path):
