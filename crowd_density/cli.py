@@ -240,15 +240,16 @@ say_epoch.live = say_live
 
 # %% ../nbs/13_cli.ipynb #13-cli-048
 def learn(room, fn, data, out, **said):
-    "Call the training `fn` of `room` with what was said, and name what it made"
+    "Call the training `fn` of `room` with what was said, name what it made, and return what it returned"
     from crowd_density.data import open_data
     part = said.pop('part', None)
     if not (Path(data)/'pairs.csv').exists(): d = open_data(data, part=part)
     elif part: raise DataError(data, 'a data set, to take one part of it', 'a prepared folder')
     writable(out)
     call = getattr(import_module(f'crowd_density.{room}'), fn)
-    call(data=d if part else data, out=out, **taken(call, said | dict(progress=progress, report=say_epoch)))
+    card = call(data=d if part else data, out=out, **taken(call, said | dict(progress=progress, report=say_epoch)))
     if os.environ.get('RANK', '0') == '0': print(f'{out}: ' + ', '.join(sorted(p.name for p in Path(out).iterdir() if p.is_file() and p.name[0] != '.')))
+    return card
 
 def _autoencoder(data: Data, out: Run, part: Part=None, epochs: Epochs=None, resume: Resume=False, seed: Seed=0, device: Device=None):
     "Experiment 1 of the report: a convolutional autoencoder from picture to heatmap."
@@ -290,7 +291,10 @@ def fine_tune(model: ModelArg, data: Data, out: Run, epochs: Epochs=None, rehear
     from crowd_density import inference
     weights = inference.model_path(model).with_suffix('.safetensors')
     if not weights.exists(): raise DataError(weights, 'weights to go on with, beside the ONNX file', 'none')
-    learn('counting', 'fine_tune', data, out, weights=weights, epochs=epochs, rehearse=rehearse, resume=resume, seed=seed)
+    f = learn('counting', 'fine_tune', data, out, weights=weights, epochs=epochs, rehearse=rehearse, resume=resume, seed=seed)['figures']
+    print(f"{f['share']:.0%} of the new weights taken, gain {f['gain']:g}; error of a count before and after, people:")
+    for what, was, now in (('own', f['before'], f['after']), ('not learned from', f['kept']['before'], f['kept']['after'])):
+        for k, v in was.items(): print(f"{what if k in ('own', None) else f'{what}, {k}'}: {v['mae']:.1f} → {now[k]['mae']:.1f} on {v['n']:.0f} pictures")
 
 # %% ../nbs/13_cli.ipynb #13-cli-054
 Split = opt(str, 'train, tune, valid, test or all; the best there is if left out.', metavar='SPLIT')

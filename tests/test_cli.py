@@ -266,6 +266,17 @@ def test_full_disk_loses_nothing(photo, models, tmp_path):
 
 # --- evaluate, export
 
+def test_fine_tune_says_what_it_brought_and_what_it_cost(street, tmp_path, monkeypatch):
+    from crowd_density import counting
+    def judged(mae, n, kind): return {kind: dict(mae=mae, n=n)}
+    figures = dict(share=.75, gain=1., before=judged(9., 4, 'own'), after=judged(1.4, 4, 'own'),
+                   kept=dict(before=judged(9.8, 16, 'scene'), after=judged(10.6, 16, 'scene')))
+    def stand_in(weights, data, out, epochs=20): return dict(figures=figures)
+    monkeypatch.setattr(counting, 'fine_tune', stand_in)
+    got = run('fine-tune', 'counting', street, '--out', tmp_path/'mine')
+    assert got.exit_code == 0, got.output
+    for o in ('75% of the new weights', 'own: 9.0 → 1.4 on 4 pictures', 'not learned from, scene: 9.8 → 10.6 on 16 pictures'): assert o in got.output
+
 @pytest.mark.parametrize('task', ['counting', 'segmentation'])
 def test_evaluate(task, street, models, tmp_path):
     got = run('evaluate', models[task], street, '--split', 'all', '--json', tmp_path/'e.json', '--figures', tmp_path/'f')

@@ -1,5 +1,6 @@
 "Room 05: the counting model, its loss, its crops and runs that survive"
 import json, math, os, re, signal, subprocess, sys
+from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -8,9 +9,10 @@ from fastai.data.core import DataLoaders
 from hypothesis import given, settings, strategies as st
 
 import crowd_density.counting as counting
-from crowd_density.counting import (HEADS, LOSSES, Atlas, Average, Bank, BayesianLoss, BinLoss, BlockLoss, Captured, CountingModel, CropLoader, Distil,
-    FixedCrops, InflatedLoss, Minutes, Places, RECIPES, TransportLoss, add_scenes, counting_learner, cut, cut_outs, density_of, fine_tune, fit_gain, fit_phase,
-    flat_cos, halved, kind_shares, mixed, n_parameters, near, negative_binomial, own_sides, pack, plain_copy, size_of, targets, taught, train_counting)
+from crowd_density.counting import (HEADS, LOSSES, Atlas, Average, Bank, BayesianLoss, BinLoss, BlockLoss, Captured, CountingModel, CropLoader,
+    Distil, FixedCrops, InflatedLoss, Minutes, Places, RECIPES, TransportLoss, add_scenes, best_mixture, counting_learner, cut, cut_outs, density_of,
+    fine_tune, fit_gain, fit_phase, flat_cos, forgets, halved, kind_shares, mixed, n_parameters, near, negative_binomial, own_sides, pack, plain_copy,
+    size_of, targets, taught, train_counting)
 from crowd_density.data import DataError, open_data, split_of
 from crowd_density.segmentation import load_weights
 from crowd_density.synthetic import scene, write_dataset
@@ -170,10 +172,26 @@ def test_a_run_is_resumed_with_its_own_recipe_only(folder, tmp_path):
 
 def test_fine_tuning_keeps_what_is_better(trained, folder, tmp_path):
     out, _ = trained
-    card = fine_tune(out/'model.safetensors', open_data(folder), tmp_path, epochs=1, made=(2, 4))
+    card = fine_tune(out/'model.safetensors', open_data(folder), tmp_path, epochs=1, rehearse=open_data(folder), made=(2, 4), kept=(2, 3))
     f = card['figures']
     assert f['share'] in (0, .25, .5, .75, 1) and f['before']['A']['n'] == f['after']['A']['n']
+    assert {k: v['n'] for k, v in f['kept']['before'].items()} == dict(scene=2, empty=3, A=len(open_data(folder))//5)
+    assert not forgets(f['kept']['before'], f['kept']['after'])
     assert (tmp_path/'model.onnx').exists()
+
+@pytest.mark.parametrize('elsewhere', (1, 1.5))
+def test_fine_tuning_does_not_pay_with_what_the_model_knew(atlas, tmp_path, elsewhere):
+    "Weights that count 1.5 times as many, as is right for one's own pictures, are taken only where that is right elsewhere too"
+    model = CountingModel(pretrained=False).eval()
+    rgb, old = atlas.rgbs[0].permute(1, 2, 0).numpy(), deepcopy(model.state_dict())
+    def some(times, kind):
+        a, n = Atlas(), round(times*float(density_of(model, rgb).sum()))
+        for _ in range(4): a.add(rgb, np.ones((n, 2), np.float32), kind)
+        return a
+    own, others = some(1.5, 'own'), some(elsewhere, 'scene')
+    f = best_mixture(model, old, {**old, 'gain': old['gain']*1.5}, own, own, own, others, tmp_path, {'encoder': 'lite0'}, {}, 0)['figures']
+    assert (f['share'], f['gain']) == ((1., 1.) if elsewhere > 1 else (0., 1.)), f
+    assert not forgets(f['kept']['before'], f['kept']['after']) and f['after']['own']['mae'] <= f['before']['own']['mae']
 
 def test_the_shipped_splits_are_used(real_data):
     from crowd_density.data import split_of

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
+from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 onnx = pytest.importorskip('onnx')
@@ -457,6 +458,25 @@ def test_fit_scale(model):
     rule = inf.fit_scale(model, [Thing(s) for s in range(6)], looks=((96*128, 2), (2*96*128, 2)), sizes=(.5, 1))
     assert rule['n'] == 12 and rule['area'] in (96*128, 2*96*128) and json.dumps(rule)
 
+@given(arrays(np.float32, st.tuples(st.integers(1, 40), st.integers(1, 40)), elements=st.floats(0, 50, width=32)), st.floats(0, 1), st.floats(0, 1))
+def test_a_correction_adds_at_most_its_slope_and_nothing_where_few_stand(density, slope, free):
+    rule = dict(slope=slope, free=free, half=.03, window=33)
+    new = inf.corrected(rule, density)
+    assert new.shape == density.shape and new.dtype == np.float32 and inf.corrected(None, density) is density
+    assert (new >= density*(1 - 1e-5)).all() and (new <= density*(1 + slope)*(1 + 1e-5)).all()
+    if density.max() <= free: assert np.array_equal(new, density)
+
+def test_predict_corrects_the_map_and_the_count(tmp_path):
+    plain, other = load(toy(tmp_path/'a.onnx')), load(toy(tmp_path/'b.onnx', correction=dict(slope=.5, free=0, half=.001, window=3)))
+    rgb = picture(96, 128, 0)
+    a, b = plain.predict(rgb), other.predict(rgb)
+    assert a.count < b.count <= 1.5*a.count and b.density.sum() == pytest.approx(b.count, rel=1e-4)
+
+@pytest.mark.parametrize('wrong', (dict(slope=2), dict(half=0), dict(slope=float('nan')), dict(window=None), dict(slope='.1'), dict(window=0)))
+def test_an_impossible_correction_is_named(tmp_path, wrong):
+    rule = dict(slope=.1, free=0, half=.1, window=3) | wrong
+    with pytest.raises(ModelError, match='slope of 0 to 1'): load(toy(tmp_path/'a.onnx', correction=rule))
+
 def test_settle_writes_all_files(tmp_path):
     sha = safetensors_twin(tmp_path/'model.safetensors')
     toy(tmp_path/'model.onnx', sha256=sha)
@@ -470,6 +490,7 @@ def test_settle_writes_all_files(tmp_path):
     loss = load(tmp_path, int8=True).card['int8']
     off = {k: np.mean([abs(load(tmp_path, int8=k == 'int8').predict(Thing(s).rgb()).count - Thing(s).count()) for s in range(8)]) for k in ('float', 'int8')}
     assert loss == said['int8'] if loss['default'] else said['int8'] is None
+    assert all(load(tmp_path, int8=k).card['correction'] == said['correction'] for k in (False, True)) and said['correction']['n'] == 8
     assert loss['tune']['A'] == dict(n=8, mae_float=round(off['float'], 3), mae_int8=round(off['int8'], 3))
     assert (load(tmp_path).card.get('bits') == 8) == loss['default'] == (off['int8'] <= 1.02*off['float'])
 
