@@ -10,14 +10,14 @@ __all__ = ['BINS', 'HEADS', 'LOSSES', 'SCALES', 'RECIPES', 'PURE', 'TRAIN', 'FIN
            'wear', 'cut_outs', 'targets', 'CropLoader', 'normalised', 'FixedCrops', 'Bank', 'kind_shares', 'Dice',
            'Average', 'plain_copy', 'bare', 'Checkpoint', 'SkipTo', 'History', 'crop_mae', 'optimizer', 'halves',
            'counting_learner', 'Distil', 'taught', 'said', 'Places', 'Captured', 'compiled_whole', 'agreed', 'Minutes',
-           'several', 'own_device', 'density_of', 'judge', 'told', 'sample_scenes', 'sketch', 'flat_cos', 'fit_phase',
-           'restore', 'fit_gain', 'reported', 'counting_card', 'save_counting', 'settled', 'train_counting', 'made',
-           'finish', 'judged_card', 'carried', 'stand_in', 'halved', 'carried_encoder', 'pack_code', 'on_disk',
-           'size_of', 'places', 'coded', 'fitting_quality', 'pack', 'pack_data', 'mixed', 'own_sides', 'fine_tune',
-           'steadier', 'own_gain', 'forgets', 'best_mixture']
+           'several', 'own_device', 'density_of', 'Looked', 'judge', 'told', 'sample_scenes', 'sketch', 'flat_cos',
+           'fit_phase', 'restore', 'fit_gain', 'reported', 'counting_card', 'save_counting', 'settled',
+           'train_counting', 'made', 'finish', 'judged_card', 'carried', 'stand_in', 'halved', 'carried_encoder',
+           'pack_code', 'on_disk', 'size_of', 'places', 'coded', 'fitting_quality', 'pack', 'pack_data', 'mixed',
+           'own_sides', 'fine_tune', 'deal_out', 'steadier', 'own_gain', 'forgets', 'own_features', 'best_mixture']
 
 # %% ../nbs/05_counting.ipynb #05-counting-004
-import csv, importlib.util, io, json, math, os, platform, shutil, tempfile, time, warnings
+import csv, hashlib, importlib.util, io, json, math, os, platform, shutil, tempfile, time, warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from copy import deepcopy
 from datetime import timedelta
@@ -43,6 +43,7 @@ from torch import nn
 
 from .data import CrowdData, DataError, atomic, inside, is_image, open_data, split_of, training_items
 from .evaluation import count_scores, curves, png, triptych
+from .inference import Model, _possible, features, fit_own
 from .preprocessing import count_grid
 from .segmentation import LITE_STATS, _lite_file, export_onnx, follow, lite_encoder, load_weights, read_card, save_weights, still
 from .synthetic import empty_scene, scene
@@ -888,16 +889,28 @@ def density_of(model, # a `CountingModel` in evaluation mode
     return model(x)[0, 0, :-(-h//s), :-(-w//s)].cpu().numpy()
 
 # %% ../nbs/05_counting.ipynb #05-counting-110
+class Looked(Model):
+    "A `CountingModel` as an inference model with card `card`"
+    def __init__(self, net, card):
+        _possible('counting', card)
+        self.path, self.net, self.card, self.task, self.stride, self.multiple = Path('counting'), net.eval(), card, 'counting', net.stride, net.multiple
+        self.whole = self.budget = 2**20
+        self.margin = 128
+
+    def run(self, rgb): return density_of(self.net, rgb)
+
 def judge(model,        # a `CountingModel`
           atlas,        # an `Atlas` of whole pictures
           every=1,      # judge every n-th
-          progress=None
+          progress=None,
+          card=None     # count as `predict` with this card, not at the picture's own size
          )->dict:       # kind → dict of scores and their constant predictor, plus 'rows' (name, kind, true, predicted)
     "Counts of whole pictures against the truth, a part at a time"
     model.eval()
+    count = (lambda x: Looked(model, card).predict(x).count) if card else (lambda x: float(density_of(model, x).sum()))
     ids = range(0, len(atlas), every)
     rows = [(atlas.names[i], atlas.kinds[i], len(atlas.points[i]),
-             float(density_of(model, atlas.rgbs[i].permute(1, 2, 0).cpu().numpy()).sum())) for i in (progress(ids) if progress else ids)]
+             count(atlas.rgbs[i].permute(1, 2, 0).cpu().numpy())) for i in (progress(ids) if progress else ids)]
     out = dict(rows=rows)
     for k in dict.fromkeys(r[1] for r in rows):
         t, p = np.array([r[2:] for r in rows if r[1] == k]).T
@@ -930,8 +943,8 @@ def sketch(out,  # folder of a phase, with its `history.csv`
 # %% ../nbs/05_counting.ipynb #05-counting-116
 RECIPES = dict(
     trial=dict(judged=12, final=0, size=256, bs=8, alpha=.05, lr=(3e-4, 1e-3), decay=.99, frozen=4, made=(80, 120), compiled=False),
-    quick=dict(judged=115, final=0, size=256, bs=8, alpha=.05, lr=(3e-4, 1e-3), decay=.998, frozen=4, made=(80, 120), compiled=True),
-    release=dict(judged=31, final=16, size=384, bs=32, per_item=24, alpha=.05, loss='blocks', lr=(3e-4, 1e-3), decay=.999, frozen=0, made=(160, 240), compiled=False))
+    quick=dict(judged=115, final=0, size=256, bs=8, alpha=.05, lr=(3e-4, 1e-3), decay=.998, frozen=4, made=(80, 120), compiled=True))
+RECIPES['release'] = RECIPES['trial'] | dict(judged=31, final=12, final_flat=1., size=384, bs=32, per_item=24, decay=.999, frozen=0, made=(160, 240))
 
 def flat_cos(lr,       # (encoder, head) rates
              start=.75 # share of the run before the rate falls
@@ -941,7 +954,7 @@ def flat_cos(lr,       # (encoder, head) rates
     def rate(top):
         def at(pos):
             if pos < warm: return top*(.05 + .95*pos/warm)
-            return top if pos < start else top*(1 + math.cos(math.pi*(pos - start)/(1 - start)))/2
+            return top if pos < start or start == 1 else top*(1 + math.cos(math.pi*(pos - start)/(1 - start)))/2
         return at
     fs = [rate(o) for o in lr]
     return ParamScheduler(dict(lr=lambda pos: [f(pos) for f in fs]))
@@ -974,7 +987,7 @@ def fit_phase(out,         # folder of the phase: checkpoint, history
     average.model = plain_copy(learn.model)
     if resume and file.exists(): epoch = restore(learn, average, file)
     elif not rank: (out/'history.csv').unlink(missing_ok=True)
-    cbs = [flat_cos(recipe['lr']), average, SkipTo(epoch), Checkpoint(file, average, **({'every_s': 45} if bank else {})), History(out/'history.csv', report)]
+    cbs = [flat_cos(recipe['lr'], recipe.get('flat', .75)), average, SkipTo(epoch), Checkpoint(file, average, **({'every_s': 45} if bank else {})), History(out/'history.csv', report)]
     if minutes: cbs.append(Minutes(minutes))
     if bank: cbs.append(Captured(bank, average, recipe['compiled'], distil=distil))
     elif recipe['compiled']: compile_stem(learn.model, dls.train.one_batch()[0])
@@ -1089,7 +1102,7 @@ def finish(model, out, data, train, tune, of, r, name, seed, resume, encoder, re
             for f in (out/'judged').glob('model.*'): shutil.copy(f, out)
         return card
     model.gain.fill_(1.)
-    everything, lower = of('valid', of('tune', train)), {**r, 'lr': [v/2 for v in r['lr']]}
+    everything, lower = of('valid', of('tune', train)), {**r, 'lr': [v/2 for v in r['lr']], 'flat': r.get('final_flat', .75)}
     model = fit_phase(out/'final', everything, tune, r['final'], lower, seed + 1, model.state_dict(), resume, encoder, report, minutes)
     if not first: return
     model.gain.fill_(card['gain'])
@@ -1270,7 +1283,7 @@ def mixed(old,  # state dict
           share # of the new one, 0..1
          ):     # state dict
     "Weights between two models of one origin"
-    return {k: torch.lerp(v.float(), new[k].float(), share) if v.is_floating_point() else new[k] for k, v in old.items()}
+    return {k: torch.lerp(v.float(), new[k].float(), share) if v.is_floating_point() else (new if share else old)[k] for k, v in old.items()}
 
 # %% ../nbs/05_counting.ipynb #05-counting-168
 def own_sides(data,  # a `CrowdData`
@@ -1293,20 +1306,33 @@ def fine_tune(weights,      # `.safetensors` of a counting model
               epochs=20,    # passes over the pictures
               rehearse=None,# folder or `CrowdData` of pictures that must not be forgotten
               seed=0, resume=False, report=None, made=FINE['made'], # generated scenes and pictures without people, to rehearse
-              kept=(16, 8) # others, which show what is forgotten
+              kept=(12, 6) # others, which show what is forgotten
              )->dict:       # the card; `figures` holds `before` and `after` of one's own kept pictures, and `kept`: both, of the others
-    "Adapt a counting model to one's own pictures; elsewhere it errs at most a tenth more"
-    data, rehearse = (open_data(o) if isinstance(o, (str, Path)) else o for o in (data, rehearse))
+    "Adapt a counting model to one's own pictures; on scenes kept apart it errs at most a tenth more"
+    data, rehearse, out = *(open_data(o) if isinstance(o, (str, Path)) else o for o in (data, rehearse)), Path(out)
     model = CountingModel(read_card(weights).get('encoder', 'lite0'), pretrained=False)
     old, card = load_weights(weights, model)
+    Looked(model, card)
+    if out.resolve() == Path(weights).resolve().parent: raise DataError(out, 'another folder than that of the weights to begin with', 'that one')
+    out.mkdir(parents=True, exist_ok=True)
+    names = hashlib.sha256('/'.join(o.name for o in [*data, *(rehearse or ())]).encode()).hexdigest()[:12]
+    r = settled(out, {**FINE, 'judged': epochs, 'made': made, 'start': card['sha256'][:12], 'pictures': names}, resume, seed=seed, encoder=card.get('encoder', 'lite0'))
     sides = own_sides(data, seed)
     train, tune, valid = [Atlas().add_items(o) for o in sides]
-    own = Atlas().add_items([*sides[0], *sides[1]])
-    others = add_scenes(Atlas(), *kept, seed + 10_000)
-    for i, o in enumerate(rehearse or ()): (others if i%5 == 4 else train).add(o.rgb(), o.points(), o.part or 'own', o.name)
-    r = {**FINE, 'judged': epochs, 'name': 'fine-tune'}
-    new = fit_phase(Path(out)/'fine', add_scenes(train, *made, seed), tune, epochs, r, seed, old, resume, card.get('encoder', 'lite0'), report).state_dict()
-    return best_mixture(model.eval(), old, new, tune, own, valid, others, out, card, r, seed)
+    own, others = Atlas().add_items([*sides[0], *sides[1]]), add_scenes(Atlas(), *kept, seed + 10_000, (384, 480))
+    n = len(train)
+    deal_out(rehearse or [], train, others, seed)
+    r['learned'] = dict(own=n, rehearsed=len(train) - n)
+    new = fit_phase(out/'fine', add_scenes(train, *made, seed), tune, epochs, r, seed, old, resume, card.get('encoder', 'lite0'), report).state_dict()
+    card['data'] = f"{card.get('data', '')}; then {len(own)} pictures of one's own".removeprefix('; then ')
+    return best_mixture(model.eval(), old, new, tune, own, valid, others, out, card, {'name': 'fine-tune', **r}, seed)
+
+def deal_out(items, train, others, seed, most=30):
+    "Pictures to rehearse: as many as there are to learn, and up to `most` more that show what is forgotten"
+    order = np.random.default_rng(seed).permutation(len(items))
+    n = min(len(train), len(items)*4//5)
+    for k, i in enumerate(order[:n + most]): (train if k < n else others).add(items[i].rgb(), items[i].points(), items[i].part or 'own', items[i].name)
+
 
 # %% ../nbs/05_counting.ipynb #05-counting-173
 def steadier(true,   # (n,) people
@@ -1332,23 +1358,35 @@ def forgets(was, now, # what `judge` returns, on pictures that are not one's own
             spare=.5  # people
            )->bool:
     "Does any kind of them come out clearly worse?"
-    return any(now[k]['mae'] > most*v['mae'] + spare for k, v in was.items() if k != 'rows')
+    return any(not now[k]['mae'] <= most*v['mae'] + spare for k, v in was.items() if k != 'rows')
+
+def own_features(model, atlas, card):
+    "Features (n, 9) of the pictures of an `Atlas`"
+    rgbs = [o.permute(1, 2, 0).numpy() for o in atlas.rgbs]
+    return np.array([features(x, Looked(model, card).predict(x).density) for x in rgbs])
 
 def best_mixture(model, old, new, tune, own, valid, others, out, card, recipe, seed):
     "Choose the share of the new weights on `tune`, or else a gain on all of one's `own`, among those that spare the `others`; report `valid`, save"
-    def judged(share, atlas, gain=1.):
+    was_own, keep = card.get('own'), ('sha256', 'interval', 'judged', 'history', 'failures', 'selected', 'own')
+    known, card = card, {k: v for k, v in card.items() if k not in keep}
+    def judged(share, atlas, rule=None):
         model.load_state_dict(mixed(old, new, share))
-        model.gain *= gain
-        return judge(model, atlas)
-    def counts(share, atlas): return np.array([r[2:] for r in judged(share, atlas)['rows']], float).T
-    was = judged(0., others)
+        return judge(model, atlas, card={**card, 'own': rule})
+    def counts(share, atlas, rule=None): return np.array([r[2:] for r in judged(share, atlas, rule)['rows']], float).T
+    was = judged(0., others, was_own)
     shares = [o for o in (0., .25, .5, .75, 1.) if o == 0 or not forgets(was, judged(o, others))]
-    found = {o: counts(o, tune) for o in shares}
+    found = {o: counts(o, tune, was_own if o == 0 else None) for o in shares}
     share = min(found, key=lambda o: np.abs(np.subtract(*found[o])).mean())
     if not steadier(*found[0.], found[share][1]): share = 0.
-    full = own_gain(*counts(0., own)) if share == 0 else 1.
-    gain = next(g for g in (full, full**.75, full**.5, full**.25, 1.) if g == 1 or not forgets(was, judged(0., others, g)))
-    before, after, now = judged(0., valid), judged(share, valid, gain), judged(share, others, gain)
-    figures = dict(before=reported(before), after=reported(after), share=share, gain=round(gain, 4), kept=dict(before=reported(was), after=reported(now)))
-    return save_counting(model, out, {**{k: v for k, v in card.items() if k not in ('sha256', 'interval', 'correction')}, 'recipe': recipe, 'seed': seed,
-                                      'created': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), 'figures': figures})
+    rule = was_own if share == 0 else None
+    if share == 0 and own_gain(*counts(0., own, rule)) != 1: # what is there does not do
+        new_rule = fit_own(own_gain(*counts(0., own)), own_features(model, own, card))
+        if not forgets(was, judged(0., others, new_rule)): rule = new_rule
+    before, after, now = judged(0., valid, was_own), judged(share, valid, rule), judged(share, others, rule)
+    kept = dict(before=reported(was), after=reported(now))
+    figures = dict(before=reported(before), after=reported(after), share=share, gain=round(rule['gain'], 4) if rule else 1., kept=kept)
+    figures['learned'] = recipe.pop('learned', {})
+    about = dict(recipe=recipe, seed=seed, created=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), figures=figures)
+    left = {k: known[k] for k in ('interval',) if share == 0 and k in known}
+    return save_counting(model, out, {**card, **left, **about, **({'own': rule} if rule else {})})
+

@@ -14,6 +14,7 @@ from crowd_density.counting import (HEADS, LOSSES, Atlas, Average, Bank, Bayesia
     fine_tune, fit_gain, fit_phase, flat_cos, forgets, halved, kind_shares, mixed, n_parameters, near, negative_binomial, own_sides, pack, plain_copy,
     size_of, targets, taught, train_counting)
 from crowd_density.data import DataError, open_data, split_of
+from crowd_density.inference import load
 from crowd_density.segmentation import load_weights
 from crowd_density.synthetic import scene, write_dataset
 
@@ -175,23 +176,53 @@ def test_fine_tuning_keeps_what_is_better(trained, folder, tmp_path):
     card = fine_tune(out/'model.safetensors', open_data(folder), tmp_path, epochs=1, rehearse=open_data(folder), made=(2, 4), kept=(2, 3))
     f = card['figures']
     assert f['share'] in (0, .25, .5, .75, 1) and f['before']['A']['n'] == f['after']['A']['n']
-    assert {k: v['n'] for k, v in f['kept']['before'].items()} == dict(scene=2, empty=3, A=len(open_data(folder))//5)
+    kept = {k: v['n'] for k, v in f['kept']['before'].items()}
+    assert kept == dict(scene=2, empty=3, A=len(open_data(folder)) - f['learned']['rehearsed']) and f['learned']['rehearsed'] <= f['learned']['own']
     assert not forgets(f['kept']['before'], f['kept']['after'])
     assert (tmp_path/'model.onnx').exists()
+
+def own_and_others(atlas, model, own, others, other=0):
+    "Four times a picture with `own` times the people that the model sees, and one with `others` times as many"
+    def some(i, times, kind):
+        rgb, a = atlas.rgbs[i].permute(1, 2, 0).numpy(), Atlas()
+        n = round(times*float(density_of(model, rgb).sum()))
+        for _ in range(4): a.add(rgb, np.ones((n, 2), np.float32), kind)
+        return a
+    return some(0, own, 'own'), some(other, others, 'scene')
+
+def adapted(model, own, others, out):
+    old, card = deepcopy(model.state_dict()), dict(task='counting', encoder='lite0', mean=[.5]*3, std=[.5]*3)
+    return best_mixture(model, old, {**old, 'gain': old['gain']*1.5}, own, own, own, others, out, card, {}, 0)
 
 @pytest.mark.parametrize('elsewhere', (1, 1.5))
 def test_fine_tuning_does_not_pay_with_what_the_model_knew(atlas, tmp_path, elsewhere):
     "Weights that count 1.5 times as many, as is right for one's own pictures, are taken only where that is right elsewhere too"
     model = CountingModel(pretrained=False).eval()
-    rgb, old = atlas.rgbs[0].permute(1, 2, 0).numpy(), deepcopy(model.state_dict())
-    def some(times, kind):
-        a, n = Atlas(), round(times*float(density_of(model, rgb).sum()))
-        for _ in range(4): a.add(rgb, np.ones((n, 2), np.float32), kind)
-        return a
-    own, others = some(1.5, 'own'), some(elsewhere, 'scene')
-    f = best_mixture(model, old, {**old, 'gain': old['gain']*1.5}, own, own, own, others, tmp_path, {'encoder': 'lite0'}, {}, 0)['figures']
+    f = adapted(model, *own_and_others(atlas, model, 1.5, elsewhere), tmp_path)['figures']
     assert (f['share'], f['gain']) == ((1., 1.) if elsewhere > 1 else (0., 1.)), f
     assert not forgets(f['kept']['before'], f['kept']['after']) and f['after']['own']['mae'] <= f['before']['own']['mae']
+
+def test_a_gain_is_for_ones_own_camera_alone(atlas, tmp_path):
+    model = CountingModel(pretrained=False).eval()
+    own, others = own_and_others(atlas, model, 1.2, 1, other=1)
+    card = adapted(model, own, others, tmp_path)
+    f = card['figures']
+    assert f['share'] == 0 and 1.1 < f['gain'] < 1.2 and f['after']['own']['mae'] < .5*f['before']['own']['mae'] and f['kept']['after'] == f['kept']['before']
+    m = load(tmp_path)
+    for a, factor in ((own, f['gain']), (others, 1)):
+        rgb = a.rgbs[0].permute(1, 2, 0).numpy()
+        assert m.predict(rgb).count == pytest.approx(factor*float(density_of(model, rgb).sum()), rel=1e-3)
+    model = CountingModel(pretrained=False).eval()
+    load_weights(tmp_path/'model.safetensors', model)
+    again = best_mixture(model, *[deepcopy(model.state_dict())]*2, own, own, own, others, tmp_path/'again', card, {}, 0)
+    assert again['own']['gain'] == pytest.approx(card['own']['gain'], rel=1e-4) and again['sha256'] == card['sha256']
+    for o in ('before', 'after'): assert again['figures'][o]['own']['mae'] == pytest.approx(f['after']['own']['mae'], abs=.01)
+
+def test_fine_tuning_refuses_the_folder_of_its_weights_and_another_runs_checkpoint(trained, folder, tmp_path):
+    out, _ = trained
+    with pytest.raises(DataError, match='another folder'): fine_tune(out/'model.safetensors', folder, out)
+    (tmp_path/'run.json').write_text(json.dumps(dict(name='own', recipe={'size': 96}, seed=0)))
+    with pytest.raises(DataError, match='run.json'): fine_tune(out/'model.safetensors', folder, tmp_path, resume=True)
 
 def test_the_shipped_splits_are_used(real_data):
     from crowd_density.data import split_of

@@ -477,6 +477,30 @@ def test_an_impossible_correction_is_named(tmp_path, wrong):
     rule = dict(slope=.1, free=0, half=.1, window=3) | wrong
     with pytest.raises(ModelError, match='slope of 0 to 1'): load(toy(tmp_path/'a.onnx', correction=rule))
 
+@given(arrays(np.float64, st.tuples(st.integers(1, 30), st.just(9)), elements=st.floats(-20, 20)), st.floats(.8, 1.25),
+       arrays(np.float64, 9, elements=st.floats(-1e3, 1e3)))
+def test_a_cameras_gain_is_whole_on_its_pictures_and_between_1_and_itself_elsewhere(x, gain, other):
+    rule = json.loads(json.dumps(inf.fit_own(gain, x)))
+    assert all(inf.own_factor(rule, o) == pytest.approx(gain) for o in x)
+    assert min(gain, 1) - 1e-9 <= inf.own_factor(rule, other) <= max(gain, 1) + 1e-9
+
+def test_predict_gives_a_camera_its_gain(tmp_path):
+    plain, rgbs = load(toy(tmp_path/'a.onnx')), [picture(96, 128, s) for s in range(3)]
+    seen = [plain.predict(x) for x in rgbs]
+    rule = inf.fit_own(1.2, [features(x, e.density) for x, e in zip(rgbs, seen)])
+    own = load(toy(tmp_path/'b.onnx', own=rule))
+    for x, e in zip(rgbs, seen):
+        got = own.predict(x)
+        assert got.count == pytest.approx(1.2*e.count, rel=1e-4) and got.density.sum() == pytest.approx(got.count, rel=1e-4)
+    white = np.full((96, 128, 3), 255, np.uint8)
+    assert own.predict(white).count == plain.predict(white).count
+
+@pytest.mark.parametrize('wrong', (dict(gain=9), dict(gain='1'), dict(mean=[0]*8), dict(deviation=[0]*7), dict(far=0), dict(mean=None),
+                                   dict(deviation=[1] + [float('nan')]*6), dict(far=float('inf')), dict(mean=[[0]*7]*7), dict(far=10**400), dict(mean=[[0], 0])))
+def test_an_impossible_own_camera_is_named(tmp_path, wrong):
+    rule = inf.fit_own(1.1, np.zeros((2, 9))) | wrong
+    with pytest.raises(ModelError, match='own camera'): load(toy(tmp_path/'a.onnx', own=rule))
+
 def test_settle_writes_all_files(tmp_path):
     sha = safetensors_twin(tmp_path/'model.safetensors')
     toy(tmp_path/'model.onnx', sha256=sha)
