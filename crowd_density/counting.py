@@ -1376,8 +1376,8 @@ def best_mixture(model, old, new, tune, own, valid, others, out, card, recipe, s
     was = judged(0., others, was_own)
     shares = [o for o in (0., .25, .5, .75, 1.) if o == 0 or not forgets(was, judged(o, others))]
     found = {o: counts(o, tune, was_own if o == 0 else None) for o in shares}
-    share = min(found, key=lambda o: np.abs(np.subtract(*found[o])).mean())
-    if not steadier(*found[0.], found[share][1]): share = 0.
+    best = min(found, key=lambda o: np.abs(np.subtract(*found[o])).mean())
+    share = min(o for o in found if o == best or not steadier(*found[o], found[best][1])) # the smallest that is not clearly worse
     rule = was_own if share == 0 else None
     if share == 0 and own_gain(*counts(0., own, rule)) != 1: # what is there does not do
         new_rule = fit_own(own_gain(*counts(0., own)), own_features(model, own, card))
