@@ -1132,7 +1132,7 @@ def carried(name, # a package that can be imported here
     except PackageNotFoundError: return
     about = Path(site)/f"{d.metadata['Name'].replace('-', '_')}-{d.version}.dist-info"
     about.mkdir(exist_ok=True)
-    (about/'METADATA').write_text(d.read_text('METADATA'), encoding='utf-8')
+    (about/'METADATA').write_text(d.read_text('METADATA') or d.read_text('PKG-INFO') or '', encoding='utf-8')
     for f in d.files or ():
         if 'LICENSE' in f.name.upper(): shutil.copy(f.locate(), about)
 
