@@ -1367,8 +1367,8 @@ def own_features(model, atlas, card):
 
 def best_mixture(model, old, new, tune, own, valid, others, out, card, recipe, seed):
     "Choose the share of the new weights on `tune`, or else a gain on all of one's `own`, among those that spare the `others`; report `valid`, save"
-    was_own, keep = card.get('own'), ('sha256', 'interval', 'judged', 'history', 'failures', 'selected', 'own')
-    known, card = card, {k: v for k, v in card.items() if k not in keep}
+    was_own, old_only = card.get('own'), ('sha256', 'interval', 'judged', 'history', 'failures', 'selected', 'own')
+    known, card = card, {k: v for k, v in card.items() if k not in old_only}
     def judged(share, atlas, rule=None):
         model.load_state_dict(mixed(old, new, share))
         return judge(model, atlas, card={**card, 'own': rule})
