@@ -7,14 +7,15 @@ __all__ = ['BINS', 'HEADS', 'LOSSES', 'SCALES', 'RECIPES', 'PURE', 'TRAIN', 'FIN
            'plain_people', 'inflated_people', 'binned_people', 'CountingModel', 'compile_stem', 'n_parameters',
            'negative_binomial', 'block_sums', 'BlockLoss', 'InflatedLoss', 'BinLoss', 'near', 'BayesianLoss',
            'TransportLoss', 'SquareLoss', 'Atlas', 'add_scenes', 'cut', 'tone', 'dct_matrix', 'jpeg_like', 'blur',
-           'wear', 'cut_outs', 'targets', 'CropLoader', 'normalised', 'FixedCrops', 'Bank', 'kind_shares', 'Dice',
-           'Average', 'plain_copy', 'bare', 'Checkpoint', 'SkipTo', 'History', 'crop_mae', 'optimizer', 'halves',
-           'counting_learner', 'Distil', 'taught', 'said', 'Places', 'Captured', 'compiled_whole', 'agreed', 'Minutes',
-           'several', 'own_device', 'density_of', 'Looked', 'judge', 'told', 'sample_scenes', 'sketch', 'flat_cos',
-           'fit_phase', 'restore', 'fit_gain', 'reported', 'counting_card', 'save_counting', 'settled',
-           'train_counting', 'made', 'finish', 'judged_card', 'carried', 'stand_in', 'halved', 'carried_encoder',
-           'pack_code', 'on_disk', 'size_of', 'places', 'coded', 'fitting_quality', 'pack', 'pack_data', 'mixed',
-           'own_sides', 'fine_tune', 'deal_out', 'steadier', 'own_gain', 'forgets', 'own_features', 'best_mixture']
+           'wear', 'cut_outs', 'leaned', 'placed', 'within', 'cut_leaning', 'pasted', 'targets', 'CropLoader',
+           'normalised', 'FixedCrops', 'Bank', 'kind_shares', 'Dice', 'Average', 'plain_copy', 'bare', 'Checkpoint',
+           'SkipTo', 'History', 'crop_mae', 'optimizer', 'halves', 'counting_learner', 'drop_paths', 'Distil', 'taught',
+           'said', 'Places', 'Captured', 'compiled_whole', 'agreed', 'Minutes', 'several', 'own_device', 'density_of',
+           'Looked', 'judge', 'told', 'sample_scenes', 'sketch', 'flat_cos', 'fit_phase', 'fingerprint', 'restore',
+           'fit_gain', 'reported', 'counting_card', 'save_counting', 'settled', 'train_counting', 'made', 'finish',
+           'judged_card', 'refit_card', 'carried', 'stand_in', 'halved', 'carried_encoder', 'pack_code', 'on_disk',
+           'size_of', 'places', 'coded', 'fitting_quality', 'pack', 'pack_data', 'mixed', 'own_sides', 'fine_tune',
+           'deal_out', 'steadier', 'own_gain', 'forgets', 'own_features', 'best_mixture']
 
 # %% ../nbs/05_counting.ipynb #05-counting-004
 import csv, hashlib, importlib.util, io, json, math, os, platform, shutil, tempfile, time, warnings
@@ -38,7 +39,7 @@ from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import patch
 from PIL import Image
 from scipy.stats import t as student
-from timm.layers import convert_sync_batchnorm
+from timm.layers import DropPath, convert_sync_batchnorm
 from torch import nn
 
 from .data import CrowdData, DataError, atomic, inside, is_image, open_data, split_of, training_items
@@ -389,6 +390,71 @@ def cut_outs(x,      # (n, 3, h, w)
         out[i] = p[~((p[:, 0] >= x0) & (p[:, 0] < x0 + b) & (p[:, 1] >= y) & (p[:, 1] < y + a))]
     return x, out
 
+# %% ../nbs/05_counting.ipynb #05-counting-058b
+def leaned(u,    # (n, 6) in 0..1: chance
+           share # of the squares that lean
+          ):     # (n, 2, 2) `m`, (n, 2) `g`
+    "How squares lean: turned, stretched, sheared, receding"
+    turn, longer, shear, aside, back = ((2*u[:, :5] - 1)*(u[:, 5:] < share)).unbind(1)
+    c, s, a, b = (.2*turn).cos(), (.2*turn).sin(), (.2*longer).exp(), .15*shear
+    return torch.stack([c*a, c*b - s, s*a, s*b + c], 1).view(-1, 2, 2), torch.stack([.1*aside, .3*back], 1)
+
+def placed(size_xy, # (n, 2) width and height of the pictures
+           side,    # (n,) wanted, pixels
+           at,      # (n, 2) in 0..1: where in the room there is, x and y
+           m, g
+          ):        # (n,) side, smaller where the picture is, (n, 2) centre
+    "Where in their pictures leaning squares lie"
+    i = torch.arange(4, device=m.device) # nothing may come from the host where a step is recorded
+    p = torch.stack([i % 2, i//2], 1) - .5
+    q = p@m.mT/(1 + p@g[:, :, None])
+    lo, hi = q.amin(1), q.amax(1)
+    side = torch.minimum(side, (size_xy/(hi - lo)).amin(1))[:, None]
+    return side[:, 0], at*(size_xy - side*(hi - lo)) - side*lo
+
+# %% ../nbs/05_counting.ipynb #05-counting-058d
+def within(xy,     # (n, k, 2) points of the pictures
+           side, centre, m, g
+          ):       # (n, k), (n, k): x and y in the squares, 0..1 inside
+    "Where in leaning squares the points of pictures lie"
+    q = (xy - centre[:, None])/side[:, None, None]
+    a, b, c, d = (m[:, None] - q[..., None]*g[:, None, None]).flatten(2).unbind(2)
+    x, y = q.unbind(2)
+    det = a*d - b*c
+    return (d*x - b*y)/det + .5, (a*y - c*x)/det + .5
+
+def cut_leaning(rgb, points_xy, size, # as in `cut`
+                place                 # side, centre, `m`, `g` of one square
+               ):                     # as `cut`
+    "One leaning square of a picture"
+    side, centre, m, g = place
+    less, (h, w) = min(1., size/side.item()), rgb.shape[1:]
+    x = rgb[None].float()/255
+    if less < 1: x = F.interpolate(x, (round(h*less), round(w*less)), mode='bilinear', antialias=True, align_corners=False)
+    t = (torch.arange(size) + .5)/size - .5
+    p = torch.stack(torch.meshgrid(t, t, indexing='xy'), 2)
+    q = (p@m[0].T)/(1 + p@g[0])[..., None]*side + centre[0]
+    x = F.grid_sample(x, (q/torch.tensor([w, h])*2 - 1)[None], padding_mode='border', align_corners=False)
+    xy = torch.stack(within(torch.as_tensor(points_xy, dtype=torch.float32).reshape(1, -1, 2), *place), 2)[0]
+    return x[0], inside((xy*size).numpy(), (size, size))
+
+# %% ../nbs/05_counting.ipynb #05-counting-058i
+def pasted(x, # (n, 3, h, w) crops
+           y, # (n, 1, h/8, w/8) people per cell
+           u, # (n, 5) in 0..1: chance
+           share
+          ):  # the same, rectangles of a share of them taken from the crop before
+    "Fill rectangles from the neighbour in the batch"
+    s = CountingModel.stride
+    h, w = y.shape[2:]
+    high, wide = (.2 + .5*u[:, :2]).unbind(1)
+    top, left = u[:, 2]*(1 - high), u[:, 3]*(1 - wide)
+    rows, cols = (((t >= a[:, None]) & (t < (a + b)[:, None])) for t, a, b in
+                  (((torch.arange(n, device=x.device) + .5)[None]/n, a, b) for n, a, b in ((h, top, high), (w, left, wide))))
+    cells = rows[:, None, :, None] & cols[:, None, None] & (u[:, 4] < share)[:, None, None, None]
+    pixels = cells[:, :, :, None, :, None].expand(-1, -1, -1, s, -1, s).reshape(len(x), 1, h*s, w*s)
+    return torch.where(pixels, x.roll(1, 0), x), torch.where(cells, y.roll(1, 0), y)
+
 # %% ../nbs/05_counting.ipynb #05-counting-060
 def targets(points, # list of (m, 2)
             size,   # side of the crops, pixels
@@ -399,8 +465,9 @@ def targets(points, # list of (m, 2)
 
 class CropLoader(DataLoader):
     "Batches of random, disturbed crops with their counts; seeded by (seed, epoch)"
-    def __init__(self, atlas, bs=8, size=320, seed=0, mixed=.15, scenes=.3, per_item=1, part=(0, 1)):
+    def __init__(self, atlas, bs=8, size=320, seed=0, mixed=.15, scenes=.3, per_item=1, part=(0, 1), lean=0., paste=0.):
         self.atlas, self.size, self.seed, self.epoch, self.mixed, self.scenes, self.per_item = atlas, size, seed, 0, mixed, scenes, per_item
+        self.lean, self.paste = lean, paste # shares of the crops
         self.mine = slice(part[0]*bs//part[1], (part[0] + 1)*bs//part[1]) # this process's share of a batch
         kind = np.array(atlas.kinds)
         self.real = np.flatnonzero(~np.isin(kind, ['scene', 'empty']))
@@ -420,7 +487,13 @@ class CropLoader(DataLoader):
     def crop(self, i, rng):
         "One crop of picture `i`, perhaps mirrored"
         lo, hi = np.log(SCALES.get(self.atlas.kinds[i], SCALES['own']))
-        x, p = cut(self.atlas.rgbs[i], self.atlas.points[i], self.size, math.exp(rng.uniform(lo, hi)), rng.random(2))
+        rgb, points, scale, at = self.atlas.rgbs[i], self.atlas.points[i], math.exp(rng.uniform(lo, hi)), rng.random(2)
+        if self.lean and rng.random() < self.lean:
+            how = leaned(torch.as_tensor(rng.random((1, 6)), dtype=torch.float32), 1.)
+            at = placed(*(torch.tensor(o, dtype=torch.float32) for o in ([rgb.shape[:0:-1]], [self.size/scale], at[None])), *how)
+            x, p = cut_leaning(rgb.cpu(), points, self.size, (*at, *how))
+            x = x.to(rgb.device)
+        else: x, p = cut(rgb, points, self.size, scale, at)
         if rng.random() < .5: x, p = x.flip(2), np.c_[self.size - 1e-3 - p[:, 0], p[:, 1]]
         return x, p
 
@@ -428,7 +501,9 @@ class CropLoader(DataLoader):
         "Normalised crops (bs, 3, size, size) and their counts"
         crops, points = zip(*[self.crop(i, rng) for i in ids])
         x, points = cut_outs(wear(tone(torch.stack(crops), rng), rng), points, rng)
-        return normalised(x), targets(points, self.size, x.device)
+        y = targets(points, self.size, x.device)
+        if self.paste: x, y = pasted(x, y, torch.as_tensor(rng.random((len(x), 5)), dtype=x.dtype, device=x.device), self.paste)
+        return normalised(x), y
 
     def create_batches(self, samps):
         rng = np.random.default_rng([self.seed, self.epoch])
@@ -463,8 +538,8 @@ class FixedCrops(DataLoader):
 class Bank:
     "Pictures of an `Atlas` as flat tensors; whole batches are drawn on its device"
     sizes = 1., 2**-.5, .5
-    def __init__(self, atlas, bs=32, size=384, mixed=.15, scenes=.3):
-        self.bs, self.size, self.device = bs, size, torch.device(atlas.device)
+    def __init__(self, atlas, bs=32, size=384, mixed=.15, scenes=.3, lean=0., paste=0.):
+        self.bs, self.size, self.device, self.lean, self.paste = bs, size, torch.device(atlas.device), lean, paste
         kinds = np.array(atlas.kinds)
         share = kind_shares(kinds, mixed, scenes)
         to = partial(torch.as_tensor, device=self.device)
@@ -511,42 +586,42 @@ def kind_shares(kinds,  # (n,) kind of each picture
 # %% ../nbs/05_counting.ipynb #05-counting-070
 @patch
 def crops(self:Bank,
-          i,     # (n,) numbers of pictures
-          side,  # (n,) what is cut, pixels of the picture
-          y0, x0,# (n,) its upper left corner
-          flip   # (n,) bool
-         ):      # (n, 3, size, size) in 0..1
+          i,      # (n,) numbers of pictures
+          side,   # (n,) what is cut, pixels of the picture
+          centre, # (n, 2) its centre, x and y
+          m, g    # (n, 2, 2), (n, 2): how it leans
+         ):       # (n, 3, size, size) in 0..1
     "Squares of pictures, resized"
     s = self.size
     level = (side > 1.19*s).long() + (side > 1.68*s).long()
     (h, w), start, of = self.hw[level, i].unbind(1), self.start[level, i], self.hw[0, i]
-    t = (torch.arange(s, device=self.device) + .5)/s
-    def line(at, to, of, t):
-        o = ((at[:, None] + t*side[:, None])*(to/of)[:, None] - .5).clamp_min(0)
-        o = torch.minimum(o, (to - 1)[:, None].float())
-        return o.long(), torch.minimum(o.long() + 1, (to - 1)[:, None]), o - o.floor()
-    ya, yb, fy = line(y0, h, of[:, 0], t[None])
-    xa, xb, fx = line(x0, w, of[:, 1], torch.where(flip[:, None], t.flip(0)[None], t[None]))
+    t = (torch.arange(s, device=self.device) + .5)/s - .5
+    x, y = t[None, None], t[None, :, None]
+    m, g, (side, start, h, w) = m[..., None, None], g[..., None, None], [o[:, None, None] for o in (side, start, h, w)]
+    far = side/(1 + g[:, 0]*x + g[:, 1]*y)
+    def line(k, to):
+        o = (far*(m[:, k, 0]*x + m[:, k, 1]*y) + centre[:, k, None, None])*(to/of[:, 1 - k, None, None]) - .5
+        o = torch.minimum(o.clamp_min(0), (to - 1).float())
+        return o.long(), torch.minimum(o.long() + 1, to - 1), (o - o.floor())[:, None]
+    (xa, xb, fx), (ya, yb, fy) = line(0, w), line(1, h)
     def at(y, x):
-        v = self.pixels[start[:, None, None] + y[:, :, None]*w[:, None, None] + x[:, None]]
+        v = self.pixels[start + y*w + x]
         return torch.stack([v & 255, v >> 8 & 255, v >> 16], 1).float()
-    fx, fy = fx[:, None, None], fy[:, None, :, None]
     return torch.lerp(torch.lerp(at(ya, xa), at(ya, xb), fx), torch.lerp(at(yb, xa), at(yb, xb), fx), fy)/255
 
 @patch
-def people(self:Bank, i, side, y0, x0, flip,
+def people(self:Bank, i, side, centre, m, g,
            cover=None # (n, 4): y, x, height, width of what is covered, pixels of the crop
           ):          # (n, 1, size/8, size/8)
     "Heads per cell of the same squares"
-    s, m = self.size, self.size//CountingModel.stride
-    x, y = ((self.points[i] - torch.stack([x0, y0], 1)[:, None])*(s/side)[:, None, None]).unbind(2)
+    s, k = self.size, self.size//CountingModel.stride
+    x, y = (o*(s - 1e-3) for o in within(self.points[i], side, centre, m, g)) # a mirrored head on the border stays inside
     ok = (x >= 0) & (y >= 0) & (x < s) & (y < s)
-    x = torch.where(flip[:, None], s - 1e-3 - x, x)
     if cover is not None:
         a, b, h, w = cover[:, :, None].unbind(1)
         ok &= ~((y >= a) & (y < a + h) & (x >= b) & (x < b + w))
-    cell = torch.where(ok, (y/CountingModel.stride).long()*m + (x/CountingModel.stride).long(), m*m)
-    return torch.zeros(len(i), m*m + 1, device=self.device).scatter_add_(1, cell.clamp(0, m*m), ok.float())[:, :-1].view(-1, 1, m, m)
+    cell = torch.where(ok, (y/CountingModel.stride).long()*k + (x/CountingModel.stride).long(), k*k)
+    return torch.zeros(len(i), k*k + 1, device=self.device).scatter_add_(1, cell.clamp(0, k*k), ok.float())[:, :-1].view(-1, 1, k, k)
 
 # %% ../nbs/05_counting.ipynb #05-counting-072
 class Dice:
@@ -578,18 +653,20 @@ def draw(self:Bank):
     u = dice.random((10, n))
     i = torch.searchsorted(self.upto, u[0]).clamp_max(len(self.points) - 1)
     lo, hi = self.log_scale[i].unbind(1)
-    (h, w), scale = self.hw[0, i].float().unbind(1), torch.exp(lo + u[1]*(hi - lo))
-    side = torch.minimum(s/scale, torch.minimum(h, w))
-    place = i, side, u[2]*(h - side), u[3]*(w - side), u[4] < .5
+    m, g = leaned(dice.random((n, 6)), self.lean)
+    place = placed(self.hw[0, i].flip(1).float(), s/torch.exp(lo + u[1]*(hi - lo)), u[2:4].T, m, g)
+    mirror = torch.stack([1 - 2*(u[4] < .5).float(), torch.ones_like(u[4])], 1)
+    place = i, *place, m*mirror[:, None], g*mirror
     ch, cw = (.1 + .4*u[5])*s*(u[6] < .1), (.1 + .4*u[7])*s
     cover = torch.stack([u[8]*(s - ch), u[9]*(s - cw), ch, cw], 1)
-    x = self.worn(tone(self.crops(*place), dice))
+    x, y = self.worn(tone(self.crops(*place), dice)), self.people(*place, cover)
     j = torch.arange(s, device=self.device)
     (a, b, ch, cw), j = cover.unbind(1), j[None]
     rows, cols = ((j >= p[:, None]) & (j < (p + q)[:, None]) for p, q in ((a, ch), (b, cw)))
     x = torch.where((rows[:, :, None] & cols[:, None])[:, None], dice.random((n, 1, 1, 1)), x)
+    if self.paste: x, y = pasted(x, y, dice.random((n, 5)), self.paste)
     mean, std = self.stats
-    return ((x - mean)/std).contiguous(memory_format=torch.channels_last), self.people(*place, cover)
+    return ((x - mean)/std).contiguous(memory_format=torch.channels_last), y
 
 # %% ../nbs/05_counting.ipynb #05-counting-078
 class Average(Callback):
@@ -623,20 +700,26 @@ def bare(model): return getattr(model, 'module', model) # without what distribut
 class Checkpoint(Callback):
     "Writes everything a run needs to go on, every few minutes at the end of an epoch"
     order = 95
-    def __init__(self, path, average, every_s=180): self.path, self.average, self.every_s, self.last = Path(path), average, every_s, time.time()
+    def __init__(self, path, average, every_s=180, seed=0, begun=''): # `begun`: what the phase began with
+        self.path, self.average, self.every_s, self.seed, self.begun, self.last = Path(path), average, every_s, seed, begun, time.time()
 
-    def before_epoch(self): self.learn.dls.train.epoch = self.epoch
+    def before_epoch(self): # all chance of an epoch comes from its number, so that a resumed run is the same run
+        self.learn.dls.train.epoch = self.epoch
+        torch.default_generator.manual_seed(int(np.random.SeedSequence([self.seed, self.epoch, rank_distrib()]).generate_state(1)[0]))
 
     def after_epoch(self):
         if rank_distrib() or self.epoch < self.first_epoch or self.epoch + 1 < self.n_epoch and time.time() - self.last < self.every_s: return
         self.save(self.epoch + 1)
         sketch(self.path.parent, self.average.model)
 
-    def save(self, epoch):
+    def after_cancel_fit(self): # the clock has ended the phase
+        if not rank_distrib() and self.epoch >= self.first_epoch: self.save(self.epoch, True)
+
+    def save(self, epoch, done=False):
         opt = self.opt.opt.state_dict()
         for g in opt['param_groups']: g.update({k: float(v) for k, v in g.items() if isinstance(v, np.floating)})
         state = dict(epoch=epoch, model=bare(self.learn.model).state_dict(), opt=opt,
-                     average=self.average.model.state_dict(), steps=self.average.n)
+                     average=self.average.model.state_dict(), steps=self.average.n, done=done, begun=self.begun, share=float(self.pct_train))
         with atomic(self.path) as tmp: torch.save(state, tmp)
         self.last = time.time()
 
@@ -708,6 +791,15 @@ def counting_learner(dls,        # `DataLoaders` of a `CropLoader` and a `FixedC
                     path=Path(path), train_bn=True, **kwargs)
     learn.add_cb(GradientClip(1.))
     return learn
+
+# %% ../nbs/05_counting.ipynb #05-counting-092b
+def drop_paths(model, # a `CountingModel`
+               rate   # how often the last block is left out, 0..1
+              ):      # the model
+    "Leave out blocks of the encoder at random while training"
+    blocks = [b for b in model.encoder.modules() if getattr(b, 'has_skip', False)]
+    for i, b in enumerate(blocks): b.drop_path = DropPath(rate*(i + 1)/len(blocks)) if rate else nn.Identity()
+    return model
 
 # %% ../nbs/05_counting.ipynb #05-counting-093b
 class Distil(Callback):
@@ -841,15 +933,15 @@ def agreed(x,      # number
 class Minutes(Callback):
     "A run of so many minutes, whatever the number of epochs"
     order = 50
-    def __init__(self, minutes):
+    def __init__(self, minutes, gone=0.): # share of them that an earlier run has used
         if minutes <= 0: raise ValueError(f'minutes: expected more than 0, found {minutes}')
-        self.minutes, self.begun = minutes, None
+        self.minutes, self.gone, self.begun = minutes, gone, None
 
     def before_fit(self): self.where = self.dls.device
 
     @property
     def share(self): # of the time that is gone, by the clock of the first process; the epoch in which it ends is finished
-        return 0 if self.begun is None else agreed((time.time() - self.begun)/60/self.minutes, self.where)
+        return self.gone if self.begun is None else agreed(self.gone + (time.time() - self.begun)/60/self.minutes, self.where)
     def before_epoch(self):
         if self.share >= 1: raise CancelFitException
 
@@ -944,7 +1036,8 @@ def sketch(out,  # folder of a phase, with its `history.csv`
 RECIPES = dict(
     trial=dict(judged=12, final=0, size=256, bs=8, alpha=.05, lr=(3e-4, 1e-3), decay=.99, frozen=4, made=(80, 120), compiled=False),
     quick=dict(judged=115, final=0, size=256, bs=8, alpha=.05, lr=(3e-4, 1e-3), decay=.998, frozen=4, made=(80, 120), compiled=True))
-RECIPES['release'] = RECIPES['trial'] | dict(judged=31, final=12, final_flat=1., size=384, bs=32, per_item=24, decay=.999, frozen=0, made=(160, 240))
+RECIPES['release'] = RECIPES['trial'] | dict(judged=35, refit=12, final=18, flat=.6, final_flat=.5, size=384, bs=32, per_item=24, decay=.999, frozen=0,
+                                               made=(160, 240), lean=.5, paste=.25, drop=.1)
 
 def flat_cos(lr,       # (encoder, head) rates
              start=.75 # share of the run before the rate falls
@@ -975,39 +1068,50 @@ def fit_phase(out,         # folder of the phase: checkpoint, history
     device, bs, size, per_item = torch.device(atlas.device), recipe['bs'], recipe['size'], recipe.get('per_item', 1)
     rank, n = rank_distrib(), max(num_distrib(), 1)
     loss, head = LOSSES[recipe.get('loss', 'blocks')]
-    shares = {k: recipe[k] for k in ('mixed', 'scenes') if k in recipe}
+    shares = {k: recipe[k] for k in ('mixed', 'scenes', 'lean', 'paste') if k in recipe}
     bank = Bank.of(atlas, bs, size, **shares) if device.type == 'cuda' and n == 1 else None
     crops = CropLoader(atlas, bs*n, size, seed, per_item=per_item, part=(rank, n), **shares)
     dls = DataLoaders(Places(bank, len(crops.dataset)) if bank else crops, FixedCrops(tune, bs, size), device=device)
     learn = counting_learner(dls, CountingModel(encoder, head=head), loss(recipe['alpha']) if loss is BlockLoss else loss(), out)
     if start is not None: learn.model.load_state_dict(start)
-    learn.model.freeze_to(recipe['frozen'])
-    average, file, epoch = Average(recipe['decay']), out/'checkpoint.pth', 0
+    drop_paths(learn.model, recipe.get('drop', 0)).freeze_to(recipe['frozen'])
+    average, file, begun = Average(recipe['decay']), out/'checkpoint.pth', fingerprint(start)
     learn.create_opt()
     average.model = plain_copy(learn.model)
-    if resume and file.exists(): epoch = restore(learn, average, file)
-    elif not rank: (out/'history.csv').unlink(missing_ok=True)
-    cbs = [flat_cos(recipe['lr'], recipe.get('flat', .75)), average, SkipTo(epoch), Checkpoint(file, average, **({'every_s': 45} if bank else {})), History(out/'history.csv', report)]
-    if minutes: cbs.append(Minutes(minutes))
+    was = restore(learn, average, file, begun) if resume and file.exists() else None
+    if not was and not rank: (out/'history.csv').unlink(missing_ok=True)
+    epoch, done, gone = was or (0, False, 0.)
+    kept = Checkpoint(file, average, **({'every_s': 45} if bank else {}), seed=seed, begun=begun)
+    cbs = [flat_cos(recipe['lr'], recipe.get('flat', .75)), average, SkipTo(epoch), kept, History(out/'history.csv', report)]
+    if minutes: cbs.append(Minutes(minutes, gone))
     if bank: cbs.append(Captured(bank, average, recipe['compiled'], distil=distil))
     elif recipe['compiled']: compile_stem(learn.model, dls.train.one_batch()[0])
     if distil and not bank: cbs.append(distil)
     cbs += several(learn, device)
-    if epoch < epochs:
+    if not done if minutes else epoch < epochs:
         with learn.no_bar(), learn.no_logging(): learn.fit(10_000 if minutes else epochs, cbs=cbs)
     return average.model.eval()
 
 # %% ../nbs/05_counting.ipynb #05-counting-120
-def restore(learn, average, file # `checkpoint.pth` of the same recipe
-           )->int: # epochs that are done
+def fingerprint(state # dict, or None
+               )->str: # the same for the same weights
+    "What a phase began with"
+    h = hashlib.sha256()
+    for k, v in sorted((state or {}).items()): h.update(k.encode() + np.ascontiguousarray(v.detach().cpu().numpy()).tobytes())
+    return h.hexdigest() if state else ''
+
+def restore(learn, average, file, # `checkpoint.pth` of the same recipe
+            begun='' # what the phase begins with
+           )->tuple: # epochs that are done, whether the clock has ended the phase, the share of its time that is gone; None if it had begun with other weights
     "Put a learner and its average back where the checkpoint left them"
     try: s = torch.load(file, map_location=learn.dls.device, weights_only=True)
     except Exception as e: raise DataError(file, 'a checkpoint of this library', f'{type(e).__name__}: {str(e)[:80]}') from None
+    if s.get('begun', begun) != begun: return
     learn.model.load_state_dict(s['model'])
     learn.opt.opt.load_state_dict(s['opt'])
     average.model.load_state_dict(s['average'])
     average.n = s['steps']
-    return s['epoch']
+    return s['epoch'], s.get('done', False), s.get('share', 0.)
 
 # %% ../nbs/05_counting.ipynb #05-counting-126
 def fit_gain(rows,       # (name, kind, true, predicted) of pictures that were not trained on
@@ -1056,7 +1160,7 @@ def settled(out,    # folder of the run
     run = json.loads(json.dumps(dict(name=name, recipe=said(recipe), **more)))
     if resume and file.exists():
         was = json.loads(file.read_text())
-        same = [{k: v for k, v in r['recipe'].items() if k not in ('judged', 'final')} | {k: r.get(k) for k in ('seed', 'encoder')} for r in (was, run)]
+        same = [{k: v for k, v in r['recipe'].items() if k not in ('judged', 'refit', 'final')} | {k: r.get(k) for k in ('seed', 'encoder')} for r in (was, run)]
         if same[0] != same[1]: raise DataError(file, f'the recipe {same[1]} to go on with', f'{same[0]}')
     if not rank_distrib():
         with atomic(file) as tmp: tmp.write_text(json.dumps(run))
@@ -1070,7 +1174,7 @@ def train_counting(data,            # folder of a data set, or a `CrowdData`
                    resume=False,    # go on where a killed run stopped
                    encoder='lite0', # 'lite0', 'lite1' or 'lite2'
                    seed=0, device=None, exclude=True, report=None, progress=None,
-                   minutes=None     # let the clock end the run, not the epochs; .55 of it is the judged phase
+                   minutes=None     # let the clock end the run, not the epochs; its phases share it as `release` shared its own
                   )->dict:          # the card, with figures on `tune` and `valid`; None where this is not the first of several processes
     "Train a counting model; leaves `model.safetensors` and `model.onnx` in `out`"
     out, device = Path(out), device or own_device()
@@ -1083,9 +1187,10 @@ def train_counting(data,            # folder of a data set, or a `CrowdData`
         return (a or Atlas(device)).add_items(training_items(split_of(data, split, seed), train and exclude), progress)
     train, tune = of('train'), of('tune', train=False)
     if not len(train) or not len(tune): raise DataError(data.root, 'pictures to train on and to tune on', f'{len(train)} and {len(tune)}')
-    minutes = (None, None) if not minutes else (.55*minutes, .45*minutes) if r['final'] else (minutes, None)
-    model = fit_phase(out/'judged', made(train, r, seed), tune, r['judged'], r, seed, None, resume, encoder or 'lite0', report, minutes[0])
-    return finish(model, out, data, train, tune, of, r, name, seed, resume, encoder or 'lite0', report, progress, minutes[1])
+    share = {k: s for k, s in dict(judged=.43, refit=.17, final=.4).items() if r.get(k)}
+    minutes = {k: s/sum(share.values())*minutes for k, s in share.items()} if minutes else {}
+    model = fit_phase(out/'judged', made(train, r, seed), tune, r['judged'], r, seed, None, resume, encoder or 'lite0', report, minutes.get('judged'))
+    return finish(model, out, data, train, tune, of, r, name, seed, resume, encoder or 'lite0', report, progress, minutes)
 
 def made(atlas, recipe, seed):
     "Add the recipe's generated pictures, drawn side by side where there are many cores"
@@ -1093,20 +1198,27 @@ def made(atlas, recipe, seed):
     return add_scenes(atlas, *recipe['made'], seed, workers=n if n > 4 else 0)
 
 # %% ../nbs/05_counting.ipynb #05-counting-138
-def finish(model, out, data, train, tune, of, r, name, seed, resume, encoder, report, progress, minutes=None):
-    "Gain and figures of the judged phase, then the final phase on everything, and the files: the first process judges and writes, the others help to train"
+def finish(model, out, data, train, tune, of, r, name, seed, resume, encoder, report, progress, minutes):
+    "Gain and figures of the judged phase, the phases that go on with more pictures, and the files: the first process judges and writes, the others help to train"
     first = not rank_distrib()
     card = judged_card(model, out, data, tune, of, r, name, seed, encoder, progress) if first else None
+    def go_on(phase, start, pictures, n):
+        start.gain.fill_(1.)
+        lower = {**r, 'lr': [v/2 for v in r['lr']], 'flat': r.get('final_flat', .75)}
+        return fit_phase(out/phase, pictures, tune, r[phase], lower, seed + n, start.state_dict(), resume, encoder, report, minutes.get(phase))
+    if r.get('refit') or r['final']: train = of('tune', train)
+    if r.get('refit'):
+        model = go_on('refit', model, train, 2)
+        if first: card = refit_card(model, out, card, of, progress)
     if not r['final']:
         if first:
-            for f in (out/'judged').glob('model.*'): shutil.copy(f, out)
+            for f in (out/('refit' if r.get('refit') else 'judged')).glob('model.*'): shutil.copy(f, out)
         return card
-    model.gain.fill_(1.)
-    everything, lower = of('valid', of('tune', train)), {**r, 'lr': [v/2 for v in r['lr']], 'flat': r.get('final_flat', .75)}
-    model = fit_phase(out/'final', everything, tune, r['final'], lower, seed + 1, model.state_dict(), resume, encoder, report, minutes)
+    model = go_on('final', model, of('valid', train), 1)
     if not first: return
     model.gain.fill_(card['gain'])
-    return save_counting(model, out, {**card, 'split': 'all training pictures; figures are those of the judged phase, trained on train alone'})
+    return save_counting(model, out, {**card, 'split': 'all training pictures; figures on `tune` are those of the judged phase, trained on train alone; those on `valid` '
+                                      + ('of the refit phase, trained on train and tune' if r.get('refit') else 'too')})
 
 # %% ../nbs/05_counting.ipynb #05-counting-140
 def judged_card(model, out, data, tune, of, r, name, seed, encoder, progress):
@@ -1117,6 +1229,13 @@ def judged_card(model, out, data, tune, of, r, name, seed, encoder, progress):
     figures = dict(tune=reported(judge(model, tune)), valid=reported(judge(model, valid, progress=progress)))
     text = f'{data.layout}: {len(data)} pictures'
     return save_counting(model, out/'judged', counting_card(r, name, seed, text, figures, encoder, gain=gain, history=told(out/'judged'/'history.csv')))
+
+def refit_card(model, out, card, of, progress):
+    "Judge `valid` by what `train` and `tune` have taught, with everything that was chosen on `tune` before; returns the card"
+    model.gain.fill_(card['gain'])
+    figures = {**card['figures'], 'valid': reported(judge(model, of('valid', train=False), progress=progress))}
+    more = dict(figures=figures, split='train and tune; all that is chosen was chosen before, on tune by a model trained on train alone')
+    return save_counting(model, out/'refit', {**card, **more})
 
 # %% ../nbs/05_counting.ipynb #05-counting-142
 PURE = 'fastai', 'fastcore', 'fastprogress', 'fastdownload', 'fasttransform', 'plum', 'beartype', 'rich' # what is not on such a machine
@@ -1283,7 +1402,8 @@ def mixed(old,  # state dict
           share # of the new one, 0..1
          ):     # state dict
     "Weights between two models of one origin"
-    return {k: torch.lerp(v.float(), new[k].float(), share) if v.is_floating_point() else (new if share else old)[k] for k, v in old.items()}
+    if share in (0, 1): return dict((old, new)[int(share)]) # to the last bit, the sign of a zero included
+    return {k: torch.lerp(v.float(), new[k].float(), share) if v.is_floating_point() else new[k] for k, v in old.items()}
 
 # %% ../nbs/05_counting.ipynb #05-counting-168
 def own_sides(data,  # a `CrowdData`
@@ -1337,19 +1457,20 @@ def deal_out(items, train, others, seed, most=30):
 # %% ../nbs/05_counting.ipynb #05-counting-173
 def steadier(true,   # (n,) people
              before, # (n,) people counted
-             after   # (n,) people counted on the same pictures
+             after,  # (n,) people counted on the same pictures
+             sure=.9
             )->bool:
-    "Would chance alone make so much of an improvement in less than one case of ten? (Student's t, on square roots; with one picture nobody knows)"
+    "Would chance alone make so much of an improvement in less than `1 - sure` of all cases? (Student's t, on square roots; with one picture nobody knows)"
     n, was, now = (np.sqrt(np.asarray(v, float)) for v in (true, before, after)) # an error of 5 in 9 and one of 15 in 81 are alike
     d = abs(was - n) - abs(now - n)
-    return len(d) > 1 and bool(d.mean() > student.ppf(.9, len(d) - 1)*d.std(ddof=1)/len(d)**.5)
+    return len(d) > 1 and bool(d.mean() > student.ppf(sure, len(d) - 1)*d.std(ddof=1)/len(d)**.5)
 
 def own_gain(true, predicted # (n,) people on pictures of one camera
             )->float: # 1 where it would not clearly help
     "The factor that makes up for a camera of which the model always sees too few or too many"
     n, p = (np.asarray(v, float) for v in (true, predicted))
     g = float(np.clip(np.exp(np.log((n + 1)/(p + 1)).sum()/(len(n) + 2)), .8, 1.25)) # as if two more pictures had been right
-    return g if steadier(n, p, g*p) else 1.
+    return g if steadier(n, p, g*p, .95) else 1. # it touches every picture of the camera
 
 
 # %% ../nbs/05_counting.ipynb #05-counting-173c
@@ -1388,5 +1509,6 @@ def best_mixture(model, old, new, tune, own, valid, others, out, card, recipe, s
     figures['learned'] = recipe.pop('learned', {})
     about = dict(recipe=recipe, seed=seed, created=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), figures=figures)
     left = {k: known[k] for k in ('interval',) if share == 0 and k in known}
-    return save_counting(model, out, {**card, **left, **about, **({'own': rule} if rule else {})})
+    split = f"fine-tuned on one's own pictures; begun from weights of: {card.get('split', 'no known split').split('begun from weights of: ')[-1].split(';')[0]}"
+    return save_counting(model, out, {**card, **left, **about, 'split': split, **({'own': rule} if rule else {})})
 

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['OUTPUTS', 'HEAT', 'CELL', 'LEVEL', 'FEATURES', 'USUAL', 'LOOKS', 'PROVIDERS', 'CORRECTION', 'MARGIN', 'BUDGET',
-           'LARGE', 'REDUCED', 'ModelError', 'update_card', 'model_path', 'tiles', 'regrid', 'Estimate', 'fit_interval',
-           'interval', 'features', 'unlike', 'fit_like', 'fit_own', 'own_factor', 'crowding', 'working_scale',
-           'finer_scale', 'choose_scale', 'fit_scale', 'corrected', 'fit_correction', 'Model', 'quantised', 'load',
-           'tile_map', 'overlay', 'says', 'stems', 'save_views', 'predict_files', 'finish_onnx', 'levelled', 'quantise',
-           'files_of', 'int8_loss', 'settle', 'coverage', 'table', 'model_card', 'write_model_card']
+           'LARGE', 'REDUCED', 'AGREE', 'ModelError', 'update_card', 'model_path', 'tiles', 'regrid', 'Estimate',
+           'fit_interval', 'interval', 'features', 'unlike', 'fit_like', 'fit_own', 'own_factor', 'crowding',
+           'working_scale', 'finer_scale', 'choose_scale', 'arriving', 'fit_scale', 'corrected', 'fit_correction',
+           'Model', 'quantised', 'load', 'tile_map', 'overlay', 'says', 'stems', 'save_views', 'predict_files',
+           'finish_onnx', 'levelled', 'quantise', 'files_of', 'int8_loss', 'settle', 'coverage', 'table', 'model_card',
+           'write_model_card']
 
 # %% ../nbs/07_inference.ipynb #07-inference-005
 import hashlib, json, logging, os, struct, tempfile, time
 from dataclasses import dataclass
 from importlib import resources
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -518,7 +520,13 @@ def choose_scale(rows, # dicts: `part`, `size`, `pixels`, `true`, and by look `c
     return dict(look(sparse), peek=look(first) if first != sparse else None, finer=dict(look(dense), crowding=round(cut, 4)) if dense != sparse else None,
                 error=round(float(error), 4), megapixels=round(float(mp), 3), n=len(rows))
 
-LOOKS = (100000, 2.), (450000, 2.), (600000, 2.), (1000000, 2.), (1300000, 2.) # `(area, most)` that `fit_scale` tries
+LOOKS = (100000, 2.), (450000, 2.), (600000, 2.), (1000000, 2.), (1300000, 2.), (1300000, 2.4) # `(area, most)` that `fit_scale` tries
+
+def arriving(rgb, k # size
+            ): # the picture as it arrives at that size; None where it is too small
+    "A picture at another size"
+    if k != 1: rgb = cv2.resize(rgb, None, fx=k, fy=k, interpolation=cv2.INTER_AREA if k < 1 else cv2.INTER_CUBIC)
+    return rgb if min(rgb.shape[:2]) >= 32 else None
 
 def fit_scale(model, # counting model
               items, # of `tune`: with `part`, `rgb()` and `count()`
@@ -531,8 +539,8 @@ def fit_scale(model, # counting model
     for item in progress(items, 'scales') if progress else items:
         rgb, true = item.rgb(), item.count()
         for k in sizes:
-            x = rgb if k == 1 else cv2.resize(rgb, None, fx=k, fy=k, interpolation=cv2.INTER_AREA if k < 1 else cv2.INTER_CUBIC)
-            if min(x.shape[:2]) < 32: continue
+            x = arriving(rgb, k)
+            if x is None: continue
             d = {v: tile_map(model, x, working_scale(dict(area=v[0], most=v[1]), x.shape[:2]))[0] for v in looks}
             rows.append(dict(part=item.part, size=k, pixels=x.shape[0]*x.shape[1], true=true, counts={v: float(y.sum(dtype=float)) for v, y in d.items()},
                              crowding={v: crowding(y) for v, y in d.items()}))
@@ -544,24 +552,29 @@ def _hidden(density, rule):
     x = np.maximum(cv2.blur(density, (int(rule['window']),)*2, borderType=cv2.BORDER_REFLECT) - rule['free'], 0)
     return x/(x + rule['half'])
 
-def corrected(rule, # part of a card: `slope`, `free` and `half` (people per cell), `window` (cells)
-              density # (m, n) people per cell, as the model gives it
+def corrected(rule, # part of a card: `slope`, `free` and `half` (people per cell), `window` (cells), perhaps `enlarged`
+              density, # (m, n) people per cell, as the model gives it
+              scale=1. # at which the picture was looked at
              )->np.ndarray: # (m, n)
-    "Density with the heads that are hidden, on average, where people stand close"
-    return density*(1 + np.float32(rule['slope'])*_hidden(density, rule)) if rule else density
+    "Density with the heads that are hidden, on average, where people stand close, and without those that enlarging feigns"
+    if not rule: return density
+    return density*(1 + np.float32(rule['slope'])*_hidden(density, rule))*np.float32(max(scale, 1.)**-rule.get('enlarged', 0.))
 
-def fit_correction(rows, # `(part, people, density at the working scale)` of pictures that were not trained on
+def fit_correction(rows, # `(group, people, density, scale)`, as a model sees pictures that were not trained on; a part and a size make a group
                    free=.03, half=.03, window=33,
                    offset=10, # people added before taking logarithms
-                   most=.3 # largest slope
+                   most=.3 # largest slope, largest `enlarged`
                   )->dict: # for the card
-    "The slope with which the logarithm of counted over true people varies least around 0, averaged over the parts"
-    rule, parts = dict(free=free, half=half, window=window), np.array([r[0] for r in rows])
-    true, plain, more = np.array([(t, d.sum(dtype=float), (d*_hidden(d, rule)).sum(dtype=float)) for _, t, d in rows]).T
-    def error(slope):
-        e = np.log((plain + slope*more + offset)/(true + offset))**2
-        return np.mean([e[parts == p].mean() for p in np.unique(parts)])
-    return dict(rule, slope=round(float(min(np.linspace(0, most, 61), key=error)), 4), n=len(rows))
+    "Slope and power of the scale with which the logarithm of counted over true people varies least around 0, averaged over the groups"
+    rule, groups = dict(free=free, half=half, window=window), np.array([r[0] for r in rows])
+    true, plain, more, scale = np.array([(t, d.sum(dtype=float), (d*_hidden(d, rule)).sum(dtype=float), max(s, 1.)) for _, t, d, s in rows]).T
+    def error(found):
+        slope, enlarged = found
+        e = np.log(((plain + slope*more)*scale**-enlarged + offset)/(true + offset))**2
+        return np.mean([e[groups == g].mean() for g in np.unique(groups)])
+    enlarged = np.linspace(0, most, 61) if (scale > 1).any() else [0.]
+    slope, enlarged = min(product(np.linspace(0, most, 61), enlarged), key=error)
+    return dict(rule, slope=round(float(slope), 4), enlarged=round(float(enlarged), 4), n=len(rows))
 
 
 # %% ../nbs/07_inference.ipynb #07-inference-068
@@ -583,7 +596,7 @@ def _session(path, threads=None, providers=None):
     return session
 
 # %% ../nbs/07_inference.ipynb #07-inference-068c
-CORRECTION = ('slope', 0, 1), ('free', 0, 1), ('half', 1e-3, 1), ('window', 1, 999)
+CORRECTION = ('slope', 0, 1), ('free', 0, 1), ('half', 1e-3, 1), ('window', 1, 999), ('enlarged', 0, 1)
 
 def _possible(path, card):
     "Stride, multiple, mean and deviation of the card's normalisation, if a model can have them"
@@ -595,7 +608,8 @@ def _possible(path, card):
     if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
         raise ModelError(path, 'a card whose mean and std are three numbers each, std above 0', f'{card.get("mean")!r} and {card.get("std")!r}')
     rule = card.get('correction')
-    if rule and not (isinstance(rule, dict) and all(isinstance(rule.get(k), (int, float)) and lo <= rule[k] <= hi for k, lo, hi in CORRECTION)):
+    if rule and isinstance(rule, dict): rule = {'enlarged': 0., **rule}
+    if rule and not (isinstance(rule, dict) and all(type(rule.get(k)) in (int, float) and lo <= rule[k] <= hi for k, lo, hi in CORRECTION)):
         raise ModelError(path, 'a card whose correction has ' + ', '.join(f'{k} of {lo} to {hi}' for k, lo, hi in CORRECTION), f'{rule!r}'[:200])
     own = card.get('own')
     try: v = np.array([own['gain'], own['far'], *own['mean'], *own['deviation']]) if own else np.ones(16)
@@ -701,20 +715,26 @@ def _checked(rgb):
         raise DataError('picture', 'uint8 (h, w, 3), both sides at least 32 px', f'{rgb.dtype} {rgb.shape}')
     return np.ascontiguousarray(rgb)
 
+AGREE = dict(scale=1.5, people=30, share=.5, side=160) # enlargement, people up to which, what of them the picture's own size must show, its shorter side
+
 def _people(model, rgb, scale):
-    "Density as the model gives it, its cells in the picture's own pixels, and the scale"
+    "Density as the model gives it, its cells in the picture's own pixels, the scale, and how many people a larger scale showed in vain"
     rule, hw = (model.card.get('scale') or {}) if scale is None else {}, rgb.shape[:2]
     at = working_scale(rule, hw) if scale is None else float(scale)
     first = working_scale({**rule, **rule['peek']}, hw) if rule.get('peek') else at
     d, size = tile_map(model, rgb, first)
     at = finer_scale(rule, hw, d, at) or at
     if at != first: d, size = tile_map(model, rgb, at)
-    return corrected(model.card.get('correction'), np.maximum(d, 0)), tuple(model.stride*n/k for n, k in zip(rgb.shape[:2], size)), at
+    vain = 0.
+    if scale is None and at >= AGREE['scale'] and min(hw) >= AGREE['side'] and (seen := float(np.maximum(d, 0).sum())) <= AGREE['people']:
+        own = tile_map(model, rgb, 1.)
+        if float(np.maximum(own[0], 0).sum()) < AGREE['share']*seen: (d, size), at, vain = own, 1., seen
+    return corrected(model.card.get('correction'), np.maximum(d, 0), at), tuple(model.stride*n/k for n, k in zip(rgb.shape[:2], size)), at, vain
 
 # %% ../nbs/07_inference.ipynb #07-inference-077
 def _count(model, rgb, scale):
     "Estimate of a counting model"
-    work, step, at = _people(model, rgb, scale)
+    work, step, at, vain = _people(model, rgb, scale)
     size, card = rgb.shape[:2], model.card
     density = work if step == (CELL, CELL) else regrid(work, size, step, CELL)
     rule, own = (card.get(k) or {} for k in ('interval', 'own'))
@@ -723,6 +743,7 @@ def _count(model, rgb, scale):
     if own: work, density = (d*np.float32(own_factor(own, x)) for d in (work, density))
     n = float(work.sum(dtype=np.float64))
     low, high = interval(rule, n, far)
+    if high is not None: high = max(high, vain)
     return Estimate(n, low, high, float(_half_mask(density, size).mean()), density, CELL, size, unlike=far, scale=at,
                     peak=card.get('threshold') or .4, work=(work, step))
 
@@ -1012,15 +1033,17 @@ def settle(path, # model, run folder
            int8=None, # as in `load`; if None and a copy is there, its loss decides what is the default
            looks=LOOKS, # for the scale
            every=1, # the scale is measured on each `every`-th item
+           sizes=(.5, 1), # at which the pictures arrive, for scale and correction
            threads=None, progress=None
           )->dict: # what the cards now say besides
     "Fit scale, correction and interval on `tune` and write them into all files of a model"
     items, files = list(items), files_of(path)
     copy = next((p for p in files if p.name.endswith('.int8.onnx')), None)
-    scale = fit_scale(load(path, threads, int8=bool(int8)), items[::every], looks, progress=progress)
+    scale = fit_scale(load(path, threads, int8=bool(int8)), items[::every], looks, sizes, progress)
     for p in files: update_card(p, scale=scale, correction=None, interval=None)
     model = load(path, threads, int8=bool(int8))
-    correction = fit_correction([(item.part, item.count(), model.predict(item.rgb()).work[0]) for item in items])
+    seen = [(f'{item.part} {k}', item.count(), model.predict(x)) for item in items for k in sizes for x in [arriving(item.rgb(), k)] if x is not None]
+    correction = fit_correction([(group, true, e.work[0], e.scale) for group, true, e in seen])
     for p in files: update_card(p, correction=correction)
     if copy: update_card(copy, int8_gain=levelled(*(load(path, threads, int8=k) for k in (False, True)), (item.rgb() for item in items)))
     if copy and int8 is None: update_card(copy, int8=int8_loss(path, items, threads))

@@ -1,5 +1,5 @@
 "Room 05: the counting model, its loss, its crops and runs that survive"
-import json, math, os, re, signal, subprocess, sys
+import json, math, os, re, shutil, signal, subprocess, sys
 from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -7,15 +7,16 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from fastai.data.core import DataLoaders
 from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file
 
 import crowd_density.counting as counting
-from crowd_density.counting import (HEADS, LOSSES, Atlas, Average, Bank, BayesianLoss, BinLoss, BlockLoss, Captured, CountingModel, CropLoader,
-    Distil, FixedCrops, InflatedLoss, Minutes, Places, RECIPES, TransportLoss, add_scenes, best_mixture, counting_learner, cut, cut_outs, density_of,
-    fine_tune, fit_gain, fit_phase, flat_cos, forgets, halved, kind_shares, mixed, n_parameters, near, negative_binomial, own_sides, pack, plain_copy,
-    size_of, targets, taught, train_counting)
+from crowd_density.counting import (HEADS, LOSSES, RECIPES, Atlas, Average, Bank, BayesianLoss, BinLoss, BlockLoss, Captured, Checkpoint, CountingModel,
+    CropLoader, Distil, FixedCrops, InflatedLoss, Minutes, Places, TransportLoss, add_scenes, best_mixture, counting_learner, cut, cut_leaning,
+    cut_outs, density_of, fine_tune, fit_gain, fit_phase, flat_cos, forgets, halved, judge, kind_shares, leaned, mixed, n_parameters, near,
+    negative_binomial, own_sides, pack, placed, plain_copy, reported, size_of, targets, taught, told, train_counting, within)
 from crowd_density.data import DataError, open_data, split_of
 from crowd_density.inference import load
-from crowd_density.segmentation import load_weights
+from crowd_density.segmentation import load_weights, read_card
 from crowd_density.synthetic import scene, write_dataset
 
 TINY = {**RECIPES['trial'], 'size': 64, 'bs': 4, 'made': (2, 4)}
@@ -38,6 +39,78 @@ def folder(tmp_path_factory):
 def trained(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp('run')
     return out, train_counting(folder, out, {**TINY, 'judged': 1, 'final': 1})
+
+def test_a_run_that_is_refitted_before_it_is_finished(folder, tmp_path):
+    card = train_counting(folder, tmp_path, {**TINY, 'judged': 1, 'refit': 1, 'final': 1, 'lean': .5, 'paste': .3, 'drop': .2})
+    judged, refit = (read_card(tmp_path/k/'model.safetensors') for k in ('judged', 'refit'))
+    assert judged['split'] == 'train' and refit['split'].startswith('train and tune') and 'refit phase' in card['split']
+    assert refit['figures']['tune'] == judged['figures']['tune'] and refit['figures']['valid'] != judged['figures']['valid'] == reported_again(folder, tmp_path)
+    assert refit['gain'] == judged['gain'] == card['gain'] and card['figures'] == refit['figures'] and card['recipe']['lean'] == .5
+    starts = [float(told(tmp_path/k/'history.csv')[0][1]) for k in ('judged', 'refit', 'final')]
+    assert all(np.isfinite(starts))
+
+STAGES = {**TINY, 'judged': 1, 'refit': 1, 'final': 1, 'drop': .3}
+
+def weights_of(out): return {k: (out/k/'checkpoint.pth').read_bytes() for k in ('judged', 'refit', 'final')}
+
+@pytest.fixture(scope='module')
+def staged(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp('staged')
+    return out, train_counting(folder, out, STAGES)
+
+@pytest.mark.parametrize('phase', ('judged', 'refit', 'final'))
+def test_a_run_with_left_out_blocks_killed_in_any_phase_is_the_same_run(folder, staged, tmp_path, phase):
+    def stop(row):
+        if (tmp_path/phase/'history.csv').exists(): raise RuntimeError('killed')
+    with pytest.raises(RuntimeError, match='killed'): train_counting(folder, tmp_path, STAGES, report=stop)
+    card = train_counting(folder, tmp_path, STAGES, resume=True)
+    a, b = (load_file(o/'model.safetensors') for o in (staged[0], tmp_path))
+    assert all(torch.allclose(a[k].float(), b[k].float(), atol=1e-4) for k in a) and card['figures'] == staged[1]['figures']
+
+def test_left_out_blocks_are_the_same_after_a_resume(atlas, tmp_path):
+    r = {**TINY, 'drop': .5}
+    def stop(self, *args):
+        Checkpoint.save(self, *args)
+        raise RuntimeError('killed')
+    whole = fit_phase(tmp_path/'a', atlas, atlas, 3, r)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(counting, 'Checkpoint', type('Killed', (Checkpoint,), dict(after_epoch=lambda self: self.epoch == 1 and stop(self, 2))))
+        with pytest.raises(RuntimeError, match='killed'): fit_phase(tmp_path/'b', atlas, atlas, 3, r)
+    again = fit_phase(tmp_path/'b', atlas, atlas, 3, r, resume=True)
+    assert len(told(tmp_path/'b'/'history.csv')) in (2, 3)
+    for x, y in zip(whole.state_dict().values(), again.state_dict().values()): assert torch.allclose(x.float(), y.float(), atol=1e-5)
+
+def test_later_phases_begin_anew_where_an_earlier_one_has_changed(folder, staged, tmp_path):
+    out = tmp_path/'run'
+    shutil.copytree(staged[0], out)
+    was = weights_of(out)
+    train_counting(folder, out, STAGES, resume=True)
+    assert weights_of(out) == was
+    train_counting(folder, out, STAGES, epochs=2, resume=True)
+    now = weights_of(out)
+    assert all(now[k] != was[k] for k in was)
+    without = tmp_path/'without'
+    train_counting(folder, without, {**STAGES, 'refit': 0})
+    old = (without/'final'/'checkpoint.pth').read_bytes()
+    card = train_counting(folder, without, STAGES, resume=True)
+    assert (without/'final'/'checkpoint.pth').read_bytes() != old and 'refit phase' in card['split']
+
+def test_a_refit_may_be_the_last_phase(folder, tmp_path):
+    card = train_counting(folder, tmp_path, {**STAGES, 'final': 0})
+    assert card['split'].startswith('train and tune') and (tmp_path/'model.onnx').read_bytes() == (tmp_path/'refit'/'model.onnx').read_bytes()
+
+def test_a_phase_that_the_clock_has_ended_is_not_run_again(folder, tmp_path):
+    r = {**TINY, 'judged': 1, 'refit': 1, 'final': 1}
+    train_counting(folder, tmp_path, r, minutes=3/60)
+    was = weights_of(tmp_path)
+    train_counting(folder, tmp_path, r, minutes=3/60, resume=True)
+    assert weights_of(tmp_path) == was
+
+def reported_again(folder, out):
+    "Figures of the judged weights on `valid`"
+    model = CountingModel(pretrained=False)
+    load_weights(out/'judged'/'model.safetensors', model)
+    return reported(judge(model, Atlas().add_items(split_of(open_data(folder), 'valid'))))
 
 def test_size_of_the_model():
     m = CountingModel(pretrained=False)
@@ -147,7 +220,7 @@ torch.set_num_threads(1)
 from crowd_density import counting as c
 from crowd_density.counting import *
 from crowd_density.synthetic import scene
-c.Checkpoint.__init__.__defaults__ = (0,)
+c.Checkpoint.__init__.__defaults__ = (0, 0, '')
 a = Atlas()
 for i in range(3):
     s = scene(i, (256, 320))
@@ -202,6 +275,10 @@ def test_fine_tuning_does_not_pay_with_what_the_model_knew(atlas, tmp_path, else
     assert (f['share'], f['gain']) == ((1., 1.) if elsewhere > 1 else (0., 1.)), f
     assert not forgets(f['kept']['before'], f['kept']['after']) and f['after']['own']['mae'] <= f['before']['own']['mae']
 
+def test_none_or_all_of_the_new_weights_is_to_the_last_bit():
+    old, new = {'w': torch.tensor([-0., 1.])}, {'w': torch.tensor([2., -0.])}
+    for share, one in ((0., old), (1., new)): assert mixed(old, new, share)['w'].numpy().tobytes() == one['w'].numpy().tobytes()
+
 def test_a_gain_is_for_ones_own_camera_alone(atlas, tmp_path):
     model = CountingModel(pretrained=False).eval()
     own, others = own_and_others(atlas, model, 1.2, 1, other=1)
@@ -233,6 +310,10 @@ def test_the_shipped_splits_are_used(real_data):
 @pytest.fixture(scope='module')
 def bank(atlas): return Bank(atlas, bs=16, size=64)
 
+def upright(side, y0, x0, mirror=1.):
+    "Side, centre, `m` and `g` of a square that does not lean"
+    return torch.tensor([float(side)]), torch.tensor([[x0 + side/2, y0 + side/2]]), torch.tensor([[[mirror, 0.], [0., 1.]]]), torch.zeros(1, 2)
+
 @given(st.integers(0, 8), st.floats(.3, 3), st.floats(0, 1), st.floats(0, 1))
 @settings(max_examples=40)
 def test_a_bank_counts_and_cuts_like_cut(atlas, bank, i, scale, a, b):
@@ -240,11 +321,38 @@ def test_a_bank_counts_and_cuts_like_cut(atlas, bank, i, scale, a, b):
     side = min(round(64/scale), h, w)
     y0, x0 = (int(o*(n - side + .999)) for o, n in ((a, h), (b, w)))
     x, p = cut(atlas.rgbs[i], atlas.points[i], 64, 64/side, (a, b))
-    place = [torch.tensor([o]) for o in (i, float(side), float(y0), float(x0), False)]
+    place = torch.tensor([i]), *upright(side, y0, x0)
     assert abs(bank.people(*place).sum() - len(p)) <= 1 # a head on the very border may fall either way when it is rounded
     assert (bank.crops(*place)[0] - x).abs().mean() < .06
-    mirrored = bank.crops(*place[:-1], torch.tensor([True]))
-    assert torch.allclose(mirrored.flip(3), bank.crops(*place), atol=1e-5)
+    mirrored = bank.crops(place[0], *upright(side, y0, x0, -1.))
+    assert torch.allclose(mirrored.flip(3), bank.crops(*place), atol=1e-3)
+
+@given(st.integers(0, 8), st.floats(.4, 1.2), st.lists(st.floats(0, 1), min_size=8, max_size=8))
+@settings(max_examples=40)
+def test_a_leaning_square_is_the_same_by_hand_and_in_the_bank(atlas, bank, i, scale, u):
+    h, w = atlas.rgbs[i].shape[1:]
+    m, g = leaned(torch.tensor([u[:5] + [0.]]), 1.)
+    side, centre = placed(torch.tensor([[w, h]]).float(), torch.tensor([64/scale]), torch.tensor([u[6:]]), m, g)
+    corners = torch.tensor([[-.5, -.5], [.5, -.5], [.5, .5], [-.5, .5]])
+    quad = corners@m[0].T/(1 + corners@g[0])[:, None]*side + centre
+    assert (quad >= -.01).all() and (quad <= torch.tensor([w, h]) + .01).all()
+    x, y = within(quad[None], side, centre, m, g)
+    assert torch.allclose(torch.stack([x[0], y[0]], 1), corners + .5, atol=1e-4)
+    found, p = cut_leaning(atlas.rgbs[i], atlas.points[i], 64, (side, centre, m, g))
+    import cv2
+    there = [cv2.pointPolygonTest(quad.numpy(), (float(a), float(b)), True) for a, b in atlas.points[i]]
+    assert sum(d > .1 for d in there) <= len(p) <= sum(d > -.1 for d in there)
+    place = torch.tensor([i]), side, centre, m, g
+    assert abs(bank.people(*place).sum() - len(p)) <= 1
+    assert (bank.crops(*place)[0] - found).abs().mean() < .06
+
+def test_batches_that_lean_and_are_pasted(atlas):
+    torch.manual_seed(2)
+    bank, loader = Bank(atlas, bs=16, size=64, lean=.7, paste=.5), CropLoader(atlas, 4, 64, lean=.7, paste=.5)
+    plain = next(iter(CropLoader(atlas, 4, 64)))
+    for x, y in (bank.draw(), next(iter(loader))):
+        assert x.shape[1:] == (3, 64, 64) and y.shape[1:] == (1, 8, 8) and torch.isfinite(x).all() and (y >= 0).all() and y.sum() > 0
+    assert torch.equal(next(iter(loader))[0], next(iter(loader))[0]) and not torch.equal(plain[0], next(iter(loader))[0])
 
 def test_a_bank_draws_by_the_shares(atlas, bank):
     kinds = np.array(atlas.kinds)
@@ -262,7 +370,7 @@ def test_batches_of_a_bank(atlas, bank):
         assert x.min() >= -1.001 and x.max() <= 1.001
 
 def test_nobody_under_a_cover_of_a_bank(atlas, bank):
-    place = [torch.tensor([o]) for o in (0, 64., 100., 100., False)]
+    place = torch.tensor([0]), *upright(64., 100., 100.)
     all_covered = torch.tensor([[0., 0., 64., 64.]])
     assert bank.people(*place, all_covered).sum() == 0
     half = torch.tensor([[0., 0., 64., 32.]])
@@ -343,13 +451,13 @@ def test_a_teacher_is_neither_trained_nor_kept(atlas, pupil, tmp_path, monkeypat
     assert all(torch.equal(v, known[k]) for k, v in teacher.teacher.state_dict().items())
     assert not any(o.training for o in teacher.teacher.modules()) and all(o.grad is None for o in teacher.teacher.parameters())
     state = torch.load(tmp_path/'checkpoint.pth', weights_only=True)
-    assert sorted(state) == ['average', 'epoch', 'model', 'opt', 'steps'] and state['model'].keys() == known.keys()
+    assert sorted(state) == ['average', 'begun', 'done', 'epoch', 'model', 'opt', 'share', 'steps'] and state['model'].keys() == known.keys()
     assert sum(len(g['params']) for g in state['opt']['param_groups']) == len([*CountingModel(pretrained=False).parameters()])
 
 def test_a_taught_run_is_resumed(atlas, pupil, tmp_path, monkeypatch, one_thread):
     def stop(row):
         if row['epoch'] == 2: raise RuntimeError('stopped')
-    monkeypatch.setattr(counting.Checkpoint.__init__, '__defaults__', (0,))
+    monkeypatch.setattr(counting.Checkpoint.__init__, '__defaults__', (0, 0, ''))
     whole = fit_phase(tmp_path/'whole', atlas, atlas, 3, pupil)
     with pytest.raises(RuntimeError, match='stopped'): fit_phase(tmp_path/'part', atlas, atlas, 3, pupil, report=stop)
     again = fit_phase(tmp_path/'part', atlas, atlas, 3, pupil, resume=True)
@@ -403,8 +511,8 @@ def test_minutes_must_be_some():
     with pytest.raises(ValueError, match='minutes'): Minutes(0)
 
 def test_a_run_by_the_clock(folder, tmp_path):
-    card = train_counting(folder, tmp_path, {**TINY, 'judged': 1, 'final': 1}, minutes=2/60)
-    assert card['history'] and (tmp_path/'model.onnx').exists()
+    card = train_counting(folder, tmp_path, {**TINY, 'judged': 1, 'refit': 1, 'final': 1}, minutes=2/60)
+    assert card['history'] and (tmp_path/'model.onnx').exists() and (tmp_path/'refit'/'model.onnx').exists()
 
 def test_weights_are_kept_where_onnx_cannot_be_written(trained, tmp_path, monkeypatch):
     import crowd_density.counting as c
@@ -453,7 +561,7 @@ class Stops(c.Checkpoint):
         raise Stopped('after its first epoch')
 
 c.CountingModel, checkpoint = Fixed, c.Checkpoint
-checkpoint.__init__.__defaults__ = (0,)
+checkpoint.__init__.__defaults__ = (0, 0, '')
 data, out, bs = sys.argv[1:]
 run = lambda resume: c.train_counting(data, out, {**c.RECIPES['trial'], 'size': 64, 'bs': int(bs), 'made': (2, 4), 'judged': 2, 'final': 1}, resume=resume)
 c.Checkpoint = Stops

@@ -458,13 +458,31 @@ def test_fit_scale(model):
     rule = inf.fit_scale(model, [Thing(s) for s in range(6)], looks=((96*128, 2), (2*96*128, 2)), sizes=(.5, 1))
     assert rule['n'] == 12 and rule['area'] in (96*128, 2*96*128) and json.dumps(rule)
 
-@given(arrays(np.float32, st.tuples(st.integers(1, 40), st.integers(1, 40)), elements=st.floats(0, 50, width=32)), st.floats(0, 1), st.floats(0, 1))
-def test_a_correction_adds_at_most_its_slope_and_nothing_where_few_stand(density, slope, free):
+@given(arrays(np.float32, st.tuples(st.integers(1, 40), st.integers(1, 40)), elements=st.floats(0, 50, width=32)), *[st.floats(0, 1)]*3, st.floats(.1, 4))
+def test_a_correction_adds_at_most_its_slope_and_nothing_where_few_stand(density, slope, free, enlarged, scale):
     rule = dict(slope=slope, free=free, half=.03, window=33)
     new = inf.corrected(rule, density)
+    less = inf.corrected(dict(rule, enlarged=enlarged), density, scale)
+    assert np.allclose(less*max(scale, 1)**enlarged, new, rtol=1e-4) and np.array_equal(inf.corrected(rule, density, scale), new)
     assert new.shape == density.shape and new.dtype == np.float32 and inf.corrected(None, density) is density
     assert (new >= density*(1 - 1e-5)).all() and (new <= density*(1 + slope)*(1 + 1e-5)).all()
     if density.max() <= free: assert np.array_equal(new, density)
+
+@pytest.mark.parametrize('feigned,real,most,own,expected', ((10, 0, 3., (192, 256), 0), (10, 4, 3., (192, 256), 4), (10, 6, 3., (192, 256), 10), (40, 0, 3., (192, 256), 40),
+                                                            (10, 0, 1.2, (192, 256), 10), (10, 0, 3., (96, 400), 10)))
+def test_few_people_must_be_seen_at_the_pictures_own_size_too(tmp_path, feigned, real, most, own, expected):
+    rule = inf.fit_interval(np.arange(1, 40.), np.arange(1, 40.)*1.1)
+    m = load(toy(tmp_path/'a.onnx', scale=dict(area=3*10**6, most=most), interval=rule))
+    def run(rgb):
+        h, w = (n//8 for n in rgb.shape[:2])
+        return np.full((h, w), (real if rgb.shape[0] <= own[0] + 31 else feigned)/(h*w), np.float32)
+    m.run = run
+    e = m.predict(picture(*own, 0))
+    fell = expected == real and real != feigned
+    assert e.count == pytest.approx(expected, rel=.15) and e.scale == (1 if fell else most)
+    assert e.density.sum() == pytest.approx(e.count, rel=1e-3) and e.density.shape == tuple(-(-n//8) for n in own)
+    assert e.high >= (feigned*.9 if fell else e.count)
+    assert m.predict(picture(*own, 0), scale=3.).count == pytest.approx(feigned, rel=.1)
 
 def test_predict_corrects_the_map_and_the_count(tmp_path):
     plain, other = load(toy(tmp_path/'a.onnx')), load(toy(tmp_path/'b.onnx', correction=dict(slope=.5, free=0, half=.001, window=3)))
@@ -472,7 +490,8 @@ def test_predict_corrects_the_map_and_the_count(tmp_path):
     a, b = plain.predict(rgb), other.predict(rgb)
     assert a.count < b.count <= 1.5*a.count and b.density.sum() == pytest.approx(b.count, rel=1e-4)
 
-@pytest.mark.parametrize('wrong', (dict(slope=2), dict(half=0), dict(slope=float('nan')), dict(window=None), dict(slope='.1'), dict(window=0)))
+@pytest.mark.parametrize('wrong', (dict(slope=2), dict(half=0), dict(slope=float('nan')), dict(window=None), dict(slope='.1'),
+                                   dict(window=0), dict(enlarged=-.1), dict(enlarged='1'), dict(enlarged=True), dict(enlarged=float('inf'))))
 def test_an_impossible_correction_is_named(tmp_path, wrong):
     rule = dict(slope=.1, free=0, half=.1, window=3) | wrong
     with pytest.raises(ModelError, match='slope of 0 to 1'): load(toy(tmp_path/'a.onnx', correction=rule))
@@ -514,7 +533,7 @@ def test_settle_writes_all_files(tmp_path):
     loss = load(tmp_path, int8=True).card['int8']
     off = {k: np.mean([abs(load(tmp_path, int8=k == 'int8').predict(Thing(s).rgb()).count - Thing(s).count()) for s in range(8)]) for k in ('float', 'int8')}
     assert loss == said['int8'] if loss['default'] else said['int8'] is None
-    assert all(load(tmp_path, int8=k).card['correction'] == said['correction'] for k in (False, True)) and said['correction']['n'] == 8
+    assert all(load(tmp_path, int8=k).card['correction'] == said['correction'] for k in (False, True)) and said['correction']['n'] == 16
     assert loss['tune']['A'] == dict(n=8, mae_float=round(off['float'], 3), mae_int8=round(off['int8'], 3))
     assert (load(tmp_path).card.get('bits') == 8) == loss['default'] == (off['int8'] <= 1.02*off['float'])
 
