@@ -1495,7 +1495,8 @@ def best_mixture(model, old, new, tune, own, valid, others, out, card, recipe, s
         return judge(model, atlas, card={**card, 'own': rule})
     def counts(share, atlas, rule=None): return np.array([r[2:] for r in judged(share, atlas, rule)['rows']], float).T
     was = judged(0., others, was_own)
-    shares = [o for o in (0., .25, .5, .75, 1.) if o == 0 or not forgets(was, judged(o, others))]
+    real = any(o not in ('scene', 'empty') for o in others.kinds) # generated pictures do not show all that can be forgotten
+    shares = [o for o in (0., .25, .5, *((.75, 1.) if real else ())) if o == 0 or not forgets(was, judged(o, others))]
     found = {o: counts(o, tune, was_own if o == 0 else None) for o in shares}
     best = min(found, key=lambda o: np.abs(np.subtract(*found[o])).mean())
     share = min(o for o in found if o == best or not steadier(*found[o], found[best][1])) # the smallest that is not clearly worse

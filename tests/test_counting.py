@@ -267,12 +267,14 @@ def adapted(model, own, others, out):
     old, card = deepcopy(model.state_dict()), dict(task='counting', encoder='lite0', mean=[.5]*3, std=[.5]*3)
     return best_mixture(model, old, {**old, 'gain': old['gain']*1.5}, own, own, own, others, out, card, {}, 0)
 
-@pytest.mark.parametrize('elsewhere', (1, 1.5))
-def test_fine_tuning_does_not_pay_with_what_the_model_knew(atlas, tmp_path, elsewhere):
-    "Weights that count 1.5 times as many, as is right for one's own pictures, are taken only where that is right elsewhere too"
+@pytest.mark.parametrize('elsewhere,kind,share', ((1, 'scene', 0.), (1, 'A', 0.), (1.5, 'scene', .5), (1.5, 'A', 1.)))
+def test_fine_tuning_does_not_pay_with_what_the_model_knew(atlas, tmp_path, elsewhere, kind, share):
+    "Weights that count 1.5 times as many, as is right for one's own pictures, are taken only where that is right elsewhere too, and whole only where real pictures say so"
     model = CountingModel(pretrained=False).eval()
-    f = adapted(model, *own_and_others(atlas, model, 1.5, elsewhere), tmp_path)['figures']
-    assert (f['share'], f['gain']) == ((1., 1.) if elsewhere > 1 else (0., 1.)), f
+    own, others = own_and_others(atlas, model, 1.5, elsewhere)
+    others.kinds = [kind]*len(others)
+    f = adapted(model, own, others, tmp_path)['figures']
+    assert (f['share'], f['gain']) == (share, 1.), f
     assert not forgets(f['kept']['before'], f['kept']['after']) and f['after']['own']['mae'] <= f['before']['own']['mae']
 
 def test_none_or_all_of_the_new_weights_is_to_the_last_bit():
