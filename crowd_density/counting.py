@@ -463,6 +463,7 @@ def targets(points, # list of (m, 2)
     "True counts in cells"
     return torch.as_tensor(np.stack([count_grid(p, (size, size), CountingModel.stride) for p in points]), device=device)[:, None]
 
+# %% ../nbs/05_counting.ipynb #05-counting-060b
 class CropLoader(DataLoader):
     "Batches of random, disturbed crops with their counts; seeded by (seed, epoch)"
     def __init__(self, atlas, bs=8, size=320, seed=0, mixed=.15, scenes=.3, per_item=1, part=(0, 1), lean=0., paste=0.):
