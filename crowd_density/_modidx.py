@@ -232,7 +232,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'crowd_density.counting.density_of': ('counting.html#density_of', 'crowd_density/counting.py'),
                                         'crowd_density.counting.drop_paths': ('counting.html#drop_paths', 'crowd_density/counting.py'),
                                         'crowd_density.counting.fine_tune': ('counting.html#fine_tune', 'crowd_density/counting.py'),
-                                        'crowd_density.counting.fingerprint': ('counting.html#fingerprint', 'crowd_density/counting.py'),
                                         'crowd_density.counting.finish': ('counting.html#finish', 'crowd_density/counting.py'),
                                         'crowd_density.counting.fit_gain': ('counting.html#fit_gain', 'crowd_density/counting.py'),
                                         'crowd_density.counting.fit_phase': ('counting.html#fit_phase', 'crowd_density/counting.py'),

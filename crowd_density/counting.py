@@ -11,11 +11,11 @@ __all__ = ['BINS', 'HEADS', 'LOSSES', 'SCALES', 'RECIPES', 'PURE', 'TRAIN', 'FIN
            'normalised', 'FixedCrops', 'Bank', 'kind_shares', 'Dice', 'Average', 'plain_copy', 'bare', 'Checkpoint',
            'SkipTo', 'History', 'crop_mae', 'optimizer', 'halves', 'counting_learner', 'drop_paths', 'Distil', 'taught',
            'said', 'Places', 'Captured', 'compiled_whole', 'agreed', 'Minutes', 'several', 'own_device', 'density_of',
-           'Looked', 'judge', 'told', 'sample_scenes', 'sketch', 'flat_cos', 'fit_phase', 'fingerprint', 'restore',
-           'fit_gain', 'reported', 'counting_card', 'save_counting', 'settled', 'train_counting', 'made', 'finish',
-           'judged_card', 'refit_card', 'carried', 'stand_in', 'halved', 'carried_encoder', 'pack_code', 'on_disk',
-           'size_of', 'places', 'coded', 'fitting_quality', 'pack', 'pack_data', 'mixed', 'own_sides', 'fine_tune',
-           'deal_out', 'steadier', 'own_gain', 'forgets', 'own_features', 'best_mixture']
+           'Looked', 'judge', 'told', 'sample_scenes', 'sketch', 'flat_cos', 'fit_phase', 'restore', 'fit_gain',
+           'reported', 'counting_card', 'save_counting', 'settled', 'train_counting', 'made', 'finish', 'judged_card',
+           'refit_card', 'carried', 'stand_in', 'halved', 'carried_encoder', 'pack_code', 'on_disk', 'size_of',
+           'places', 'coded', 'fitting_quality', 'pack', 'pack_data', 'mixed', 'own_sides', 'fine_tune', 'deal_out',
+           'steadier', 'own_gain', 'forgets', 'own_features', 'best_mixture']
 
 # %% ../nbs/05_counting.ipynb #05-counting-004
 import csv, hashlib, importlib.util, io, json, math, os, platform, shutil, tempfile, time, warnings
@@ -46,7 +46,7 @@ from .data import CrowdData, DataError, atomic, inside, is_image, open_data, spl
 from .evaluation import count_scores, curves, png, triptych
 from .inference import Model, _possible, features, fit_own
 from .preprocessing import count_grid
-from .segmentation import LITE_STATS, _lite_file, export_onnx, follow, lite_encoder, load_weights, read_card, save_weights, still
+from .segmentation import LITE_STATS, _lite_file, export_onnx, follow, lite_encoder, load_weights, read_card, save_weights, still, tensors_sha256
 from .synthetic import empty_scene, scene
 
 # %% ../nbs/05_counting.ipynb #05-counting-007
@@ -1076,7 +1076,7 @@ def fit_phase(out,         # folder of the phase: checkpoint, history
     learn = counting_learner(dls, CountingModel(encoder, head=head), loss(recipe['alpha']) if loss is BlockLoss else loss(), out)
     if start is not None: learn.model.load_state_dict(start)
     drop_paths(learn.model, recipe.get('drop', 0)).freeze_to(recipe['frozen'])
-    average, file, begun = Average(recipe['decay']), out/'checkpoint.pth', fingerprint(start)
+    average, file, begun = Average(recipe['decay']), out/'checkpoint.pth', tensors_sha256({k: v.cpu() for k, v in start.items()}) if start else ''
     learn.create_opt()
     average.model = plain_copy(learn.model)
     was = restore(learn, average, file, begun) if resume and file.exists() else None
@@ -1094,13 +1094,6 @@ def fit_phase(out,         # folder of the phase: checkpoint, history
     return average.model.eval()
 
 # %% ../nbs/05_counting.ipynb #05-counting-120
-def fingerprint(state # dict, or None
-               )->str: # the same for the same weights
-    "What a phase began with"
-    h = hashlib.sha256()
-    for k, v in sorted((state or {}).items()): h.update(k.encode() + np.ascontiguousarray(v.detach().cpu().numpy()).tobytes())
-    return h.hexdigest() if state else ''
-
 def restore(learn, average, file, # `checkpoint.pth` of the same recipe
             begun='' # what the phase begins with
            )->tuple: # epochs that are done, whether the clock has ended the phase, the share of its time that is gone; None if it had begun with other weights

@@ -327,7 +327,7 @@ def test_a_bank_counts_and_cuts_like_cut(atlas, bank, i, scale, a, b):
     assert abs(bank.people(*place).sum() - len(p)) <= 1 # a head on the very border may fall either way when it is rounded
     assert (bank.crops(*place)[0] - x).abs().mean() < .06
     mirrored = bank.crops(place[0], *upright(side, y0, x0, -1.))
-    assert torch.allclose(mirrored.flip(3), bank.crops(*place), atol=1e-3)
+    assert torch.allclose(mirrored.flip(3), bank.crops(*place), atol=1e-5)
 
 @given(st.integers(0, 8), st.floats(.4, 1.2), st.lists(st.floats(0, 1), min_size=8, max_size=8))
 @settings(max_examples=40)

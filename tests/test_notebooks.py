@@ -16,6 +16,7 @@ def run(path, slow):
     with ctx.Pool(1) as pool: return pool.apply(nbtest.test_nb, (str(path),), opts)
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: str(p.relative_to(NBS)))
-def test_notebook(path, request):
+def test_notebook(path, request, tmp_path, monkeypatch):
+    monkeypatch.setenv('TMPDIR', str(tmp_path)) # what `mkdtemp` made goes when the test has passed
     ok, seconds = run(path, request.config.getoption('--slow'))
     assert ok, f'{path.relative_to(NBS)}: a cell failed, see standard error'
