@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['app', 'ModelArg', 'ModelOpt', 'Data', 'Json', 'Lines', 'Part', 'Seed', 'Threads', 'Provider', 'Bits', 'NewFolder',
            'Images', 'Clip', 'Seconds', 'Peak', 'Sigma', 'Size', 'Processes', 'train', 'Run', 'Epochs', 'Minutes',
-           'Resume', 'Recipe', 'Encoder', 'Start', 'Device', 'Code', 'Limit', 'Rehearse', 'Split', 'Every', 'Figures',
-           'Inputs', 'Overlay', 'Map', 'Mask', 'Scale', 'Site', 'Points', 'Zones', 'Camera', 'Source', 'Height', 'Port',
-           'Webhook', 'Mqtt', 'Metrics', 'History', 'Days', 'Snapshots', 'Pixelate', 'Realtime', 'Host', 'Certificate',
-           'Key', 'Repeat', 'explain', 'say', 'verb', 'arg', 'opt', 'progress', 'write_text', 'write_json', 'writable',
-           'table', 'synth', 'check', 'prepare', 'taken', 'bar', 'say_epoch', 'say_live', 'learn', 'pack', 'fine_tune',
-           'loaded', 'evaluate', 'pictures', 'sentence', 'default_model', 'predict', 'calibrate', 'watch', 'serve',
-           'export', 'demo', 'main']
+           'Resume', 'Recipe', 'Encoder', 'Start', 'Device', 'Code', 'Limit', 'CountingArg', 'Rehearse', 'Split',
+           'Every', 'Figures', 'Inputs', 'Overlay', 'Map', 'Mask', 'Scale', 'Site', 'Points', 'Zones', 'Camera',
+           'Source', 'Height', 'Port', 'Webhook', 'Mqtt', 'Metrics', 'History', 'Days', 'Snapshots', 'Pixelate',
+           'Realtime', 'Host', 'Certificate', 'Key', 'Repeat', 'explain', 'say', 'verb', 'arg', 'opt', 'progress',
+           'write_text', 'write_json', 'writable', 'table', 'synth', 'check', 'prepare', 'taken', 'bar', 'say_epoch',
+           'say_live', 'learn', 'pack', 'fine_tune', 'loaded', 'evaluate', 'pictures', 'sentence', 'default_model',
+           'predict', 'calibrate', 'watch', 'serve', 'export', 'demo', 'main']
 
 # %% ../nbs/13_cli.ipynb #13-cli-003
 import os, sys, warnings
@@ -283,10 +283,11 @@ def pack(data: Data, out: NewFolder, part: Part=None, code: Code=True, limit: Li
     print(f"{out}: {r['pictures']} pictures, {how}; {r['mib']:.1f} MiB")
 
 # %% ../nbs/13_cli.ipynb #13-cli-052
+CountingArg = arg(str, 'MODEL', 'A file of weights of a counting model, the folder of its run, or counting.')
 Rehearse = opt(Path, 'Data set of pictures that must not be forgotten.', metavar='DATA')
 
 @verb
-def fine_tune(model: ModelArg, data: Data, out: Run, epochs: Epochs=None, rehearse: Rehearse=None, resume: Resume=False, seed: Seed=0):
+def fine_tune(model: CountingArg, data: Data, out: Run, epochs: Epochs=None, rehearse: Rehearse=None, resume: Resume=False, seed: Seed=0):
     "Go on training a counting model on pictures of one's own."
     from crowd_density import inference
     weights = inference.model_path(model).with_suffix('.safetensors')

@@ -701,10 +701,13 @@ def bare(model): return getattr(model, 'module', model) # without what distribut
 class Checkpoint(Callback):
     "Writes everything a run needs to go on, every few minutes at the end of an epoch"
     order = 95
-    def __init__(self, path, average, every_s=180, seed=0, begun=''): # `begun`: what the phase began with
-        self.path, self.average, self.every_s, self.seed, self.begun, self.last = Path(path), average, every_s, seed, begun, time.time()
+    def __init__(self, path, average, every_s=180, seed=0,
+                 start='', # SHA-256 of the weights that the phase begins with
+                 minutes=None): # that the clock gives it
+        self.path, self.average, self.every_s, self.seed, self.start, self.minutes = Path(path), average, every_s, seed, start, minutes
+        self.last = time.time()
 
-    def before_epoch(self): # all chance of an epoch comes from its number, so that a resumed run is the same run
+    def before_epoch(self): # all chance of an epoch on the host comes from its number, so that a resumed run is the same run
         self.learn.dls.train.epoch = self.epoch
         torch.default_generator.manual_seed(int(np.random.SeedSequence([self.seed, self.epoch, rank_distrib()]).generate_state(1)[0]))
 
@@ -719,8 +722,9 @@ class Checkpoint(Callback):
     def save(self, epoch, done=False):
         opt = self.opt.opt.state_dict()
         for g in opt['param_groups']: g.update({k: float(v) for k, v in g.items() if isinstance(v, np.floating)})
-        state = dict(epoch=epoch, model=bare(self.learn.model).state_dict(), opt=opt,
-                     average=self.average.model.state_dict(), steps=self.average.n, done=done, begun=self.begun, share=float(self.pct_train))
+        model, average = bare(self.learn.model).state_dict(), self.average.model.state_dict()
+        clock = dict(done=done, gone=float(self.pct_train), minutes=self.minutes)
+        state = dict(epoch=epoch, model=model, opt=opt, average=average, steps=self.average.n, start=self.start, **clock)
         with atomic(self.path) as tmp: torch.save(state, tmp)
         self.last = time.time()
 
@@ -1076,13 +1080,14 @@ def fit_phase(out,         # folder of the phase: checkpoint, history
     learn = counting_learner(dls, CountingModel(encoder, head=head), loss(recipe['alpha']) if loss is BlockLoss else loss(), out)
     if start is not None: learn.model.load_state_dict(start)
     drop_paths(learn.model, recipe.get('drop', 0)).freeze_to(recipe['frozen'])
-    average, file, begun = Average(recipe['decay']), out/'checkpoint.pth', tensors_sha256({k: v.cpu() for k, v in start.items()}) if start else ''
+    average, file = Average(recipe['decay']), out/'checkpoint.pth'
+    begins = dict(start=tensors_sha256({k: v.cpu() for k, v in start.items()}) if start else '', minutes=minutes)
     learn.create_opt()
     average.model = plain_copy(learn.model)
-    was = restore(learn, average, file, begun) if resume and file.exists() else None
+    was = restore(learn, average, file, **begins) if resume and file.exists() else None
     if not was and not rank: (out/'history.csv').unlink(missing_ok=True)
     epoch, done, gone = was or (0, False, 0.)
-    kept = Checkpoint(file, average, **({'every_s': 45} if bank else {}), seed=seed, begun=begun)
+    kept = Checkpoint(file, average, **({'every_s': 45} if bank else {}), seed=seed, **begins)
     cbs = [flat_cos(recipe['lr'], recipe.get('flat', .75)), average, SkipTo(epoch), kept, History(out/'history.csv', report)]
     if minutes: cbs.append(Minutes(minutes, gone))
     if bank: cbs.append(Captured(bank, average, recipe['compiled'], distil=distil))
@@ -1095,17 +1100,19 @@ def fit_phase(out,         # folder of the phase: checkpoint, history
 
 # %% ../nbs/05_counting.ipynb #05-counting-120
 def restore(learn, average, file, # `checkpoint.pth` of the same recipe
-            begun='' # what the phase begins with
-           )->tuple: # epochs that are done, whether the clock has ended the phase, the share of its time that is gone; None if it had begun with other weights
-    "Put a learner and its average back where the checkpoint left them"
+            start='', # SHA-256 of the weights that the phase begins with
+            minutes=None # that the clock gives it now
+           )->tuple: # epochs done, whether the clock has ended the phase, share of its time that is gone
+    "Put a learner and its average back where the checkpoint left them; None if it had begun with other weights"
     try: s = torch.load(file, map_location=learn.dls.device, weights_only=True)
     except Exception as e: raise DataError(file, 'a checkpoint of this library', f'{type(e).__name__}: {str(e)[:80]}') from None
-    if s.get('begun', begun) != begun: return
+    if s.get('start', start) != start: return
     learn.model.load_state_dict(s['model'])
     learn.opt.opt.load_state_dict(s['opt'])
     average.model.load_state_dict(s['average'])
     average.n = s['steps']
-    return s['epoch'], s.get('done', False), s.get('share', 0.)
+    was = s.get('minutes') or 0 # a longer clock goes on where a shorter one has ended
+    return s['epoch'], s.get('done', False) and was >= (minutes or 0), s.get('gone', 0.)*was/minutes if minutes else 0.
 
 # %% ../nbs/05_counting.ipynb #05-counting-126
 def fit_gain(rows,       # (name, kind, true, predicted) of pictures that were not trained on
@@ -1422,9 +1429,11 @@ def fine_tune(weights,      # `.safetensors` of a counting model
               seed=0, resume=False, report=None, made=FINE['made'], # generated scenes and pictures without people, to rehearse
               kept=(12, 6) # others, which show what is forgotten
              )->dict:       # the card; `figures` holds `before` and `after` of one's own kept pictures, and `kept`: both, of the others
-    "Adapt a counting model to one's own pictures; on scenes kept apart it errs at most a tenth more"
+    "Adapt a counting model to one's own pictures; on scenes kept apart it errs at most a tenth and half a person more"
     data, rehearse, out = *(open_data(o) if isinstance(o, (str, Path)) else o for o in (data, rehearse)), Path(out)
-    model = CountingModel(read_card(weights).get('encoder', 'lite0'), pretrained=False)
+    known = read_card(weights)
+    if known.get('task', 'counting') != 'counting': raise DataError(weights, 'weights of a counting model (others are trained anew)', known['task'])
+    model = CountingModel(known.get('encoder', 'lite0'), pretrained=False)
     old, card = load_weights(weights, model)
     Looked(model, card)
     if out.resolve() == Path(weights).resolve().parent: raise DataError(out, 'another folder than that of the weights to begin with', 'that one')
@@ -1504,6 +1513,8 @@ def best_mixture(model, old, new, tune, own, valid, others, out, card, recipe, s
     figures['learned'] = recipe.pop('learned', {})
     about = dict(recipe=recipe, seed=seed, created=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), figures=figures)
     left = {k: known[k] for k in ('interval',) if share == 0 and k in known}
-    split = f"fine-tuned on one's own pictures; begun from weights of: {card.get('split', 'no known split').split('begun from weights of: ')[-1].split(';')[0]}"
-    return save_counting(model, out, {**card, **left, **about, 'split': split, **({'own': rule} if rule else {})})
+    if share: # other weights than before
+        begun = str(card.get('split') or 'no known split').split('begun from weights of: ')[-1].split(';')[0]
+        about['split'] = f"fine-tuned on one's own pictures; begun from weights of: {begun}"
+    return save_counting(model, out, {**card, **left, **about, **({'own': rule} if rule else {})})
 

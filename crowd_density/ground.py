@@ -697,7 +697,7 @@ class Reading:
     low: float|None=None # people per m², from here
     high: float|None=None # to here
     worst_patch: float|None=None # people per m² in the fullest 2 m x 2 m
-    count: float|None=None # people in the zone
+    count: float|None=None # people in the zone, as far as it is seen
     reason: str|None=None # why it is unknown
 
     def to_dict(self)->dict: # plain values

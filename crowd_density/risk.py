@@ -108,8 +108,8 @@ _NUMBERS = 'density', 'low', 'high', 'worst_patch', 'count'
 
 def _fresh():
     "What a machine knows at first"
-    return dict(level=UNKNOWN, told=None, held='clear', reason='no picture yet', why=None, seq=0, first=None, last=None, good=None, said={},
-        returns=[], recent=[], reading=None, latches={l: dict(on=False, above=None, below=None) for l in RAISED})
+    return dict(level=UNKNOWN, told=None, held='clear', reason='no picture yet', why=None, seq=0, first=None, last=None,
+        good=None, back=None, said={}, returns=[], recent=[], reading=None, latches={l: dict(on=False, above=None, below=None) for l in RAISED})
 
 class ZoneRisk:
     "The level of one zone: `step` a reading, `tick` the time; both return events"
@@ -162,7 +162,7 @@ def step(self:ZoneRisk, reading, # a `Reading`
     for l in RAISED: _step_latch(s['latches'][l], getattr(self.levels, l), d, time)
     s.update(good=time, why=None, reading=[getattr(reading, k) for k in _NUMBERS])
     s['recent'] = [p for p in s['recent'] if p[0] > time-self.trend_window][-600:]+[[time, float(d)]]
-    self._settle(d)
+    self._settle(d, time)
     return events+self._end(time)
 
 @patch
@@ -178,7 +178,7 @@ def _begin(self:ZoneRisk, time):
     s, time = self._s, float(time)
     if s['last'] is not None and time < s['last']:
         by = time-s['last']
-        for k in ('first', 'good'): s[k] = None if s[k] is None else s[k]+by
+        for k in ('first', 'good', 'back'): s[k] = None if s[k] is None else s[k]+by
         for l in s['latches'].values(): l.update({k: None if l[k] is None else l[k]+by for k in ('above', 'below')})
         s['said'], s['returns'] = {k: t+by for k, t in s['said'].items()}, [t+by for t in s['returns']]
         s['recent'] = [[t+by, d] for t, d in s['recent']]
@@ -196,17 +196,18 @@ def _return(self:ZoneRisk, density, time):
     s = self._s
     gap = np.inf if s['good'] is None else time-s['good']
     if gap < self.stale_after: return
-    s['recent'] = []
+    s.update(recent=[], back=time)
     for l, latch in s['latches'].items():
         level = getattr(self.levels, l)
         latch.update(above=None, below=None, on=latch['on'] and (density >= level.leave or gap < level.hold))
 
 @patch
-def _settle(self:ZoneRisk, density):
-    "The level that the latches give; unknown until one is on or the zone is seen to be clear"
-    s, on = self._s, [l for l in RAISED if self._s['latches'][l]['on']]
+def _settle(self:ZoneRisk, density, time):
+    "The level that the latches give; unknown until one is on, or the zone is surely clear or has been for a while"
+    s, on, busy = self._s, [l for l in RAISED if self._s['latches'][l]['on']], self.levels.busy
+    sure = self._likely('clear') == 'clear' or time-s['back'] >= busy.for_-1e-9
     if on: s['level'] = on[-1]
-    elif s['level'] != UNKNOWN or density < self.levels.busy.enter: s['level'] = 'clear'
+    elif s['level'] != UNKNOWN or density < busy.enter and sure: s['level'] = 'clear'
     else: s['reason'] = f'pictures again, {level_of(density, self.levels)} not yet confirmed'
 
 # %% ../nbs/09_risk.ipynb #09-risk-027
@@ -227,13 +228,19 @@ def _say(self:ZoneRisk, kind, time, reason=None)->list:
     who = _id(self.camera, self.zone, kind, level, round(time, 3), s['seq'])
     return [Event(who, iso(time), self.camera, self.zone, kind, level, previous, reason=reason, **numbers)]
 
+# %% ../nbs/09_risk.ipynb #09-risk-027b
 @patch
 def words(self:ZoneRisk)->str: # 'crowded, critical possible'
     "The level now, and what else the interval of the last reading allows"
-    if self.level == UNKNOWN: return UNKNOWN
+    return self._likely(self.level)
+
+@patch
+def _likely(self:ZoneRisk, level):
+    "`level`, and what else the interval of the last reading allows"
+    if level == UNKNOWN: return UNKNOWN
     density, low, high, worst, _ = self._s['reading']
     k = 1 if self.judge == 'density' or not density else worst/density
-    return in_words(self.level, None if low is None else low*k, None if high is None else high*k, self.levels)
+    return in_words(level, None if low is None else low*k, None if high is None else high*k, self.levels)
 
 # %% ../nbs/09_risk.ipynb #09-risk-029
 @patch

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['log', 'MAX_PIXELS', 'MAX_BYTES', 'OWN_CLOCK', 'Scrubbed', 'Picture', 'SourceError', 'decode_rgb', 'encode_jpeg',
            'backoff', 'Source', 'answers', 'open_video', 'VideoStream', 'jpegs', 'HttpPictures', 'Folder',
-           'timed_frames', 'clip_pictures', 'Clip', 'Played', 'open_source', 'PictureCheck', 'fit_size', 'HistoryError',
-           'dumps', 'History', 'SinkError', 'Sink', 'Delivery', 'JsonLines', 'sign', 'Webhook', 'topic', 'Mqtt',
-           'Watched', 'Watcher', 'pixelated', 'metrics_text', 'metrics_server', 'make_watcher', 'secret', 'make_sinks',
-           'stopped_by_signals', 'watch']
+           'timed_frames', 'clip_pictures', 'Clip', 'Played', 'open_source', 'contrast', 'PictureCheck', 'fit_size',
+           'HistoryError', 'dumps', 'History', 'SinkError', 'Sink', 'Delivery', 'JsonLines', 'sign', 'Webhook', 'topic',
+           'Mqtt', 'Watched', 'Watcher', 'pixelated', 'metrics_text', 'metrics_server', 'make_watcher', 'secret',
+           'make_sinks', 'stopped_by_signals', 'watch']
 
 # %% ../nbs/10_watch.ipynb #10-watch-003
 import hashlib, hmac, io, json as jsonlib, logging, math, os, random, signal, socket, sqlite3, sys, threading, time, warnings
@@ -374,8 +374,15 @@ def open_source(camera, # of a site
     return Played(camera, ready, loop=loop, **kwargs) if realtime else Clip(camera)
 
 # %% ../nbs/10_watch.ipynb #10-watch-045
+def contrast(grey # uint8 (h, w)
+            )->float: # 0 to 1; of the fourth best of sixteen parts
+    "How far the darkest of a picture is from its brightest, as a share of the brightest"
+    parts = cv2.resize(grey, (256, 192), interpolation=cv2.INTER_AREA).reshape(4, 48, 4, 64).swapaxes(1, 2).reshape(16, -1)
+    dark, bright = np.percentile(parts, [1, 99], axis=1)
+    return float(np.sort(1 - dark/np.maximum(bright, 1))[-4])
+
 class PictureCheck:
-    "Tells pictures of the place from black, covered and frozen ones"
+    "Tells pictures of the place from black, covered, veiled and frozen ones"
     def __init__(self): self.before, self.same, self.since = deque(maxlen=8), deque(maxlen=6), None
 
     def frozen(self, grey, time)->str|None:
@@ -399,6 +406,7 @@ class PictureCheck:
         if small.max() < 24 and np.count_nonzero(grey > 40) < .002*grey.size: return 'the picture is black'
         rough = np.abs(np.diff(small, axis=0)).mean() + np.abs(np.diff(small, axis=1)).mean()
         if small.std() < 3 or rough < .25: return 'the picture shows nothing (covered?)'
+        if contrast(grey) < .25: return 'the picture has hardly any contrast (fog, glare, dirt?)'
         return frozen
 
 # %% ../nbs/10_watch.ipynb #10-watch-050

@@ -220,7 +220,7 @@ torch.set_num_threads(1)
 from crowd_density import counting as c
 from crowd_density.counting import *
 from crowd_density.synthetic import scene
-c.Checkpoint.__init__.__defaults__ = (0, 0, '')
+c.Checkpoint.__init__.__defaults__ = (0, 0, '', None)
 a = Atlas()
 for i in range(3):
     s = scene(i, (256, 320))
@@ -264,7 +264,7 @@ def own_and_others(atlas, model, own, others, other=0):
     return some(0, own, 'own'), some(other, others, 'scene')
 
 def adapted(model, own, others, out):
-    old, card = deepcopy(model.state_dict()), dict(task='counting', encoder='lite0', mean=[.5]*3, std=[.5]*3)
+    old, card = deepcopy(model.state_dict()), dict(task='counting', encoder='lite0', split='train', mean=[.5]*3, std=[.5]*3)
     return best_mixture(model, old, {**old, 'gain': old['gain']*1.5}, own, own, own, others, out, card, {}, 0)
 
 @pytest.mark.parametrize('elsewhere,kind,share', ((1, 'scene', 0.), (1, 'A', 0.), (1.5, 'scene', .5), (1.5, 'A', 1.)))
@@ -273,8 +273,10 @@ def test_fine_tuning_does_not_pay_with_what_the_model_knew(atlas, tmp_path, else
     model = CountingModel(pretrained=False).eval()
     own, others = own_and_others(atlas, model, 1.5, elsewhere)
     others.kinds = [kind]*len(others)
-    f = adapted(model, own, others, tmp_path)['figures']
+    card = adapted(model, own, others, tmp_path)
+    f = card['figures']
     assert (f['share'], f['gain']) == (share, 1.), f
+    assert card['split'] == ('train' if share == 0 else "fine-tuned on one's own pictures; begun from weights of: train")
     assert not forgets(f['kept']['before'], f['kept']['after']) and f['after']['own']['mae'] <= f['before']['own']['mae']
 
 def test_none_or_all_of_the_new_weights_is_to_the_last_bit():
@@ -453,13 +455,13 @@ def test_a_teacher_is_neither_trained_nor_kept(atlas, pupil, tmp_path, monkeypat
     assert all(torch.equal(v, known[k]) for k, v in teacher.teacher.state_dict().items())
     assert not any(o.training for o in teacher.teacher.modules()) and all(o.grad is None for o in teacher.teacher.parameters())
     state = torch.load(tmp_path/'checkpoint.pth', weights_only=True)
-    assert sorted(state) == ['average', 'begun', 'done', 'epoch', 'model', 'opt', 'share', 'steps'] and state['model'].keys() == known.keys()
+    assert sorted(state) == ['average', 'done', 'epoch', 'gone', 'minutes', 'model', 'opt', 'start', 'steps'] and state['model'].keys() == known.keys()
     assert sum(len(g['params']) for g in state['opt']['param_groups']) == len([*CountingModel(pretrained=False).parameters()])
 
 def test_a_taught_run_is_resumed(atlas, pupil, tmp_path, monkeypatch, one_thread):
     def stop(row):
         if row['epoch'] == 2: raise RuntimeError('stopped')
-    monkeypatch.setattr(counting.Checkpoint.__init__, '__defaults__', (0, 0, ''))
+    monkeypatch.setattr(counting.Checkpoint.__init__, '__defaults__', (0, 0, '', None))
     whole = fit_phase(tmp_path/'whole', atlas, atlas, 3, pupil)
     with pytest.raises(RuntimeError, match='stopped'): fit_phase(tmp_path/'part', atlas, atlas, 3, pupil, report=stop)
     again = fit_phase(tmp_path/'part', atlas, atlas, 3, pupil, resume=True)
@@ -516,6 +518,17 @@ def test_a_run_by_the_clock(folder, tmp_path):
     card = train_counting(folder, tmp_path, {**TINY, 'judged': 1, 'refit': 1, 'final': 1}, minutes=2/60)
     assert card['history'] and (tmp_path/'model.onnx').exists() and (tmp_path/'refit'/'model.onnx').exists()
 
+def test_a_longer_clock_goes_on(atlas, tmp_path):
+    def epochs(n=1, minutes=None, resume=True):
+        fit_phase(tmp_path, atlas, atlas, n, TINY, minutes=minutes, resume=resume)
+        return len((tmp_path/'history.csv').read_text().splitlines()) - 1
+    short = epochs(minutes=1/60, resume=False)
+    assert epochs(minutes=1/60) == epochs(minutes=.5/60) == short # the clock has ended it
+    longer = epochs(minutes=3/60)
+    assert longer > short
+    assert epochs(longer + 1) == longer + 1 # without a clock the epochs decide
+    assert epochs(minutes=1/60) > longer + 1 # and again with one
+
 def test_weights_are_kept_where_onnx_cannot_be_written(trained, tmp_path, monkeypatch):
     import crowd_density.counting as c
     def fails(*args, **kwargs): raise RuntimeError('no exporter')
@@ -563,7 +576,7 @@ class Stops(c.Checkpoint):
         raise Stopped('after its first epoch')
 
 c.CountingModel, checkpoint = Fixed, c.Checkpoint
-checkpoint.__init__.__defaults__ = (0, 0, '')
+checkpoint.__init__.__defaults__ = (0, 0, '', None)
 data, out, bs = sys.argv[1:]
 run = lambda resume: c.train_counting(data, out, {**c.RECIPES['trial'], 'size': 64, 'bs': int(bs), 'made': (2, 4), 'judged': 2, 'final': 1}, resume=resume)
 c.Checkpoint = Stops

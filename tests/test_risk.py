@@ -8,11 +8,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from crowd_density.ground import Level, Levels, Reading, parse_site
 from crowd_density.risk import LEVELS, RAISED, UNKNOWN, Event, ZoneRisk, default_levels, in_words, iso, level_of, slope
 
-STALE, COOL, SOURCE = 5., 60., 10.
+STALE, COOL, SOURCE, WIDE = 5., 60., 10., .1
 ROOT = __file__.rsplit('/', 2)[0]
 rank = ('unknown', *LEVELS).index
 
-def reading(t, d, reason=None, wide=.1):
+def reading(t, d, reason=None, wide=WIDE):
     if d is None: return Reading('gate', 'square', t, reason=reason or 'the picture is black')
     return Reading('gate', 'square', t, d, d*(1-wide), d*(1+wide), d*1.4, d*30)
 
@@ -51,7 +51,8 @@ def oracle(history, levels):
         if last is not None and t-last >= STALE: known = False
         if d is None: continue
         k, last = k+1, t
-        known = known or d < levels.busy.enter or any(on[l][k] for l in RAISED)
+        calm = d < levels.busy.enter and (d*(1+WIDE) < levels.busy.enter or run_back(good, k, lambda x: True) >= levels.busy.for_)
+        known = known or calm or any(on[l][k] for l in RAISED)
     return next((l for l in reversed(RAISED) if on[l][k]), 'clear') if known else UNKNOWN
 
 densities = st.sampled_from([0., 1., 1.59, 1.6, 1.9, 2., 2.5, 3.1, 3.2, 3.9, 4., 4.6, 5., 6., 8.])
@@ -181,6 +182,25 @@ def test_short_loss_keeps_the_level_and_long_loss_judges_anew():
         feed(risk, [(t, 6.) for t in range(10)])
         feed(risk, [(9+gap, 2.5)])
         assert risk.level == level, gap
+
+def test_one_doubtful_picture_does_not_say_clear():
+    for judge, d in (('density', 1.5), ('worst_patch', 1.1)): # their intervals reach to 2.4
+        risk = machine(judge=judge)
+        feed(risk, [(t, 6.) for t in range(10)])
+        for t in range(10, 50): risk.tick(t)
+        told = [(e.level, e.reason) for t in range(50, 57) for e in risk.step(reading(t, d, wide=.6))]
+        assert told == [('clear', 'pictures again: clear, busy possible')] and risk.state()['said']['source clear'] == 55
+        feed(risk, [(t, None) for t in range(57, 70)])
+        assert risk.level == UNKNOWN
+        feed(risk, [(70, .5)])
+        assert risk.level == 'clear' # one that leaves no doubt
+
+def test_doubt_ends_also_where_for_is_longer_than_a_trend():
+    risk = machine(levels=Levels(busy=Level(enter=2, leave=1.6, for_=120, hold=1)))
+    feed(risk, [(t, 1.9) for t in range(120)])
+    assert risk.level == UNKNOWN
+    feed(risk, [(120, 1.9)])
+    assert risk.level == 'clear'
 
 @pytest.mark.parametrize('before, after', [(6., 1.), (1., 1.), (6., 6.), (2.5, 2.5)])
 def test_loss_and_return_are_told(before, after):

@@ -7,11 +7,12 @@ import cv2, numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 
 from crowd_density import synthetic, watch
+from crowd_density.data import open_data
 from crowd_density.ground import parse_site
 from crowd_density.inference import Estimate
 from crowd_density.risk import Event, iso
 from crowd_density.watch import (Delivery, Folder, History, HistoryError, JsonLines, Picture, PictureCheck, Sink, SourceError,
-                                 Watcher, backoff, clip_pictures, decode_rgb, encode_jpeg, fit_size, jpegs, pixelated)
+                                 Watcher, backoff, clip_pictures, contrast, decode_rgb, encode_jpeg, fit_size, jpegs, pixelated)
 from watching import Dots, Hand, Receiver, dots, free_port, make_site, site_text, until, write_video
 
 @pytest.fixture(autouse=True)
@@ -100,6 +101,19 @@ def test_empty_places_are_places(kind): assert PictureCheck()(synthetic.empty_sc
 @pytest.mark.parametrize('seed', range(4))
 @pytest.mark.parametrize('dusk', [False, True])
 def test_scenes_are_places(seed, dusk): assert PictureCheck()(synthetic.scene(seed, (240, 320), dusk=dusk).rgb, 0.) is None
+
+@pytest.mark.parametrize('left, word', [(.5, None), (.15, 'contrast'), (.05, 'contrast')])
+@pytest.mark.parametrize('dusk', [False, True])
+def test_a_veil_is_seen(left, word, dusk):
+    rgb = synthetic.scene(3, (240, 320), dusk=dusk).rgb*left + 220*(1-left)
+    rgb[:14, :110] = 0 # a clock in white on black is no sight
+    rgb[3:11:2, 4:100] = 255
+    said = PictureCheck()(rgb.astype(np.uint8), 0.)
+    assert said is None if word is None else word in said
+
+def test_real_pictures_are_places(real_data):
+    seen = [contrast(cv2.cvtColor(o.rgb(), cv2.COLOR_RGB2GRAY)) for o in open_data(real_data/'shanghaitech')[::7]]
+    assert len(seen) == 100 and min(seen) > .7
 
 def test_odd_sizes_and_changing_sizes():
     check = PictureCheck()
@@ -343,7 +357,7 @@ def test_a_model_that_fails_blinds_one_camera_only():
             if rgb[..., 2].mean() > 150: raise RuntimeError('no memory')
             return super().predict(rgb)
     site = make_site({'a': 'rtsp://a/', 'b': 'rtsp://b/'}, rate=20, stale_after=.5, for_=.1)
-    w = Watcher(site, Moody(), sources={c.name: Hand(c, lambda i, n=c.name: dots(3, i)//2 + (120 if n == 'b' else 0)*np.uint8(1), 20) for c in site.cameras})
+    w = Watcher(site, Moody(), sources={c.name: Hand(c, lambda i, blue=160*(c.name == 'b'): dots(3, i) | np.uint8([0, 0, blue]), 20) for c in site.cameras})
     w.start()
     until(lambda: w.cameras['a'].zones['square'].level == 'clear' and w.cameras['b'].zones['square'].level == 'unknown')
     until(lambda: 'model failed' in (w.cameras['b'].zones['square'].reason or ''))
