@@ -1106,7 +1106,7 @@ def restore(learn, average, file, # `checkpoint.pth` of the same recipe
     "Put a learner and its average back where the checkpoint left them; None if it had begun with other weights"
     try: s = torch.load(file, map_location=learn.dls.device, weights_only=True)
     except Exception as e: raise DataError(file, 'a checkpoint of this library', f'{type(e).__name__}: {str(e)[:80]}') from None
-    if s.get('start', start) != start: return
+    if s.get('start') != start: return
     learn.model.load_state_dict(s['model'])
     learn.opt.opt.load_state_dict(s['opt'])
     average.model.load_state_dict(s['average'])
@@ -1447,7 +1447,6 @@ def fine_tune(weights,      # `.safetensors` of a counting model
     deal_out(rehearse or [], train, others, seed)
     r['learned'] = dict(own=n, rehearsed=len(train) - n)
     new = fit_phase(out/'fine', add_scenes(train, *made, seed), tune, epochs, r, seed, old, resume, card.get('encoder', 'lite0'), report).state_dict()
-    card['data'] = f"{card.get('data', '')}; then {len(own)} pictures of one's own".removeprefix('; then ')
     return best_mixture(model.eval(), old, new, tune, own, valid, others, out, card, {'name': 'fine-tune', **r}, seed)
 
 def deal_out(items, train, others, seed, most=30):
@@ -1511,10 +1510,9 @@ def best_mixture(model, old, new, tune, own, valid, others, out, card, recipe, s
     kept = dict(before=reported(was), after=reported(now))
     figures = dict(before=reported(before), after=reported(after), share=share, gain=round(rule['gain'], 4) if rule else 1., kept=kept)
     figures['learned'] = recipe.pop('learned', {})
-    about = dict(recipe=recipe, seed=seed, created=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), figures=figures)
-    left = {k: known[k] for k in ('interval',) if share == 0 and k in known}
-    if share: # other weights than before
-        begun = str(card.get('split') or 'no known split').split('begun from weights of: ')[-1].split(';')[0]
-        about['split'] = f"fine-tuned on one's own pictures; begun from weights of: {begun}"
-    return save_counting(model, out, {**card, **left, **about, **({'own': rule} if rule else {})})
-
+    about = dict(created=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), figures=figures, **({'own': rule} if rule else {}))
+    if share == 0: return save_counting(model, out, {**{k: v for k, v in known.items() if k != 'own'}, **about}) # weights, and what is known of them, as before
+    begun = str(card.get('split') or 'no known split').split('begun from weights of: ')[-1].split(';')[0]
+    about['split'] = f"fine-tuned on one's own pictures; begun from weights of: {begun}"
+    about['data'] = f"{card.get('data', '')}; then {len(own)} pictures of one's own".removeprefix('; then ')
+    return save_counting(model, out, {**card, **about, 'recipe': recipe, 'seed': seed})

@@ -404,6 +404,7 @@ class Camera(_Model):
     source: str=Field(min_length=1, repr=False) # with `${NAME}` for secrets
     rate: float=Field(1., gt=0) # pictures judged per second
     stale_after: float=Field(5., gt=0) # seconds without a good picture before unknown
+    min_contrast: float=Field(.22, ge=0, le=1) # of a picture that is not veiled, see `watch.contrast`
     calibration: Calibration=Field(alias='ground')
     zones: list[Zone]=Field(alias='zone', default=[])
     _folder: Path=PrivateAttr(Path('.'))

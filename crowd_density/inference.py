@@ -1101,9 +1101,9 @@ _NOT_FOR = """- Decide on safety alone. A count is an estimate with an interval;
 _TUNE = """`crowd-density fine-tune MODEL DATA --out RUN` improves the weights on your own camera with about 20 annotated pictures
 and a few minutes; it prints the error before and after, on your pictures and on those it must not forget. Then `crowd-density predict --model RUN`."""
 _ANEW = 'Only counting models are fine-tuned. With pictures of your own, train it anew: `crowd-density train {task} DATA --out RUN`.'
-_SELECTED = """Epochs, threshold, scale, correction and interval on `tune`; `valid` decides no number, though some rules were made after a look at it
-(*Where it fails* names them); the official test halves were never looked at (published figures mostly come from checkpoints chosen on them)."""
-_WORDS = '''(mae: mean error, rmse: the same with large errors weighing more, nae: mean of error over truth, bias: mean of counted less true, in people; r2: 1 is right, 0 is no better than the mean;
+_SELECTED = """Epochs, threshold, scale, correction and interval on `tune`; `valid` decides no number; the official test halves were never looked at
+(published figures mostly come from checkpoints chosen on them)."""
+_WORDS = '''(mae: mean absolute error, rmse: the same with large errors weighing more, nae: mean of error over truth, bias: mean of counted less true, in people; r2: 1 is right, 0 is no better than the mean;
 game: mae summed over 1, 4, 16 and 64 tiles; density_r2, density_r2_hard: r2 of the share of people, from probabilities and from the mask; density_corr2: squared correlation of these shares.)'''
 _WHAT = dict(counting='counts people: a density map (people per cell) whose sum is the count, with an 80 % interval',
              segmentation='tells which pixels are people: a probability for each pixel, and the share of the picture',
@@ -1122,7 +1122,7 @@ def model_card(card # of the weights, from their file
              '### Figures', *((_WORDS, _figures(c['figures'], 4)) if c.get('figures') else ('None yet.',))]
     if c.get('interval'): parts += ['### Interval', _said_interval(c['interval'])]
     parts += ['### Where it fails', _figures(c.get('failures') or {}, 4) or 'Not measured for these weights.',
-              '### What it must not be used for', _NOT_FOR, '### How to make it yours', _TUNE if c.get('task') == 'counting' else _ANEW.format(**{'task': 'MODEL', **c})]
+              '### What it must not be used for', _NOT_FOR, '### How to make it yours', _TUNE if c.get('task', 'counting') == 'counting' else _ANEW.format(**{'task': 'MODEL', **c})]
     if c.get('versions'): parts += ['### Made with', _cell(c['versions'])]
     return '\n\n'.join(p for p in parts if p) + '\n'
 

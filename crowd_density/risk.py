@@ -196,7 +196,7 @@ def _return(self:ZoneRisk, density, time):
     s = self._s
     gap = np.inf if s['good'] is None else time-s['good']
     if gap < self.stale_after: return
-    s.update(recent=[], back=time)
+    s.update(recent=[], back=None)
     for l, latch in s['latches'].items():
         level = getattr(self.levels, l)
         latch.update(above=None, below=None, on=latch['on'] and (density >= level.leave or gap < level.hold))
@@ -205,9 +205,10 @@ def _return(self:ZoneRisk, density, time):
 def _settle(self:ZoneRisk, density, time):
     "The level that the latches give; unknown until one is on, or the zone is surely clear or has been for a while"
     s, on, busy = self._s, [l for l in RAISED if self._s['latches'][l]['on']], self.levels.busy
-    sure = self._likely('clear') == 'clear' or time-s['back'] >= busy.for_-1e-9
+    s['back'] = None if density >= busy.enter else time if s['back'] is None else s['back'] # below busy since then
+    sure = s['reading'][2] is not None and self._likely('clear') == 'clear'
     if on: s['level'] = on[-1]
-    elif s['level'] != UNKNOWN or density < busy.enter and sure: s['level'] = 'clear'
+    elif s['level'] != UNKNOWN or density < busy.enter and (sure or time-s['back'] >= busy.for_-1e-9): s['level'] = 'clear'
     else: s['reason'] = f'pictures again, {level_of(density, self.levels)} not yet confirmed'
 
 # %% ../nbs/09_risk.ipynb #09-risk-027
@@ -316,6 +317,7 @@ def restore(self:ZoneRisk, state # from `ZoneRisk.state`
     who = tuple(state.get(k) for k in ('camera', 'zone', 'version'))
     own = self.camera, self.zone, 1
     if who != own: raise ValueError(f'state: expected that of {own}, found {who}')
+    state = dict(back=None) | state # older ones lack it
     if missing := set(self._s)-set(state): raise ValueError(f'state: expected the keys {sorted(missing)}, found none')
     self._s = {k: json.loads(json.dumps(state[k])) for k in self._s}
     return self

@@ -375,15 +375,17 @@ def open_source(camera, # of a site
 
 # %% ../nbs/10_watch.ipynb #10-watch-045
 def contrast(grey # uint8 (h, w)
-            )->float: # 0 to 1; of the fourth best of sixteen parts
-    "How far the darkest of a picture is from its brightest, as a share of the brightest"
-    parts = cv2.resize(grey, (256, 192), interpolation=cv2.INTER_AREA).reshape(4, 48, 4, 64).swapaxes(1, 2).reshape(16, -1)
-    dark, bright = np.percentile(parts, [1, 99], axis=1)
-    return float(np.sort(1 - dark/np.maximum(bright, 1))[-4])
+            )->float: # 0 to 1; the .7 quantile of sixteen parts
+    "How far the darkest of a picture is from its brightest, as a share of the brightest, black borders left out"
+    small = cv2.resize(grey, (256, 192), interpolation=cv2.INTER_AREA)
+    black = cv2.dilate(np.uint8(small < 12), np.ones((5, 5), np.uint8)) if np.median(small) > 60 else np.zeros_like(small)
+    parts, black = (o.reshape(4, 48, 4, 64).swapaxes(1, 2).reshape(16, -1) for o in (small, black))
+    parts = [np.sort(p[b == 0]) for p, b in zip(parts, black) if b.mean() < .9]
+    return float(np.quantile([1 - p[len(p)//100]/max(p[-1 - len(p)//100], 1) for p in parts] or [1], .7))
 
 class PictureCheck:
     "Tells pictures of the place from black, covered, veiled and frozen ones"
-    def __init__(self): self.before, self.same, self.since = deque(maxlen=8), deque(maxlen=6), None
+    def __init__(self, min_contrast=.22): self.before, self.same, self.since, self.min_contrast = deque(maxlen=8), deque(maxlen=6), None, min_contrast
 
     def frozen(self, grey, time)->str|None:
         "Compare with the pictures before"
@@ -406,7 +408,7 @@ class PictureCheck:
         if small.max() < 24 and np.count_nonzero(grey > 40) < .002*grey.size: return 'the picture is black'
         rough = np.abs(np.diff(small, axis=0)).mean() + np.abs(np.diff(small, axis=1)).mean()
         if small.std() < 3 or rough < .25: return 'the picture shows nothing (covered?)'
-        if contrast(grey) < .25: return 'the picture has hardly any contrast (fog, glare, dirt?)'
+        if contrast(grey) < self.min_contrast: return 'the picture has hardly any contrast (fog, glare, dirt?)'
         return frozen
 
 # %% ../nbs/10_watch.ipynb #10-watch-050
@@ -809,7 +811,7 @@ class Watcher:
             source = (sources or {}).get(c.name) or open_source(c, self.ready, realtime, loop)
             if hasattr(source, 'ready'): source.ready = self.ready
             zones, size_hw = {z.name: ZoneRisk.of(c, z, **how) for z in c.zones}, c.ground.size_hw or self.history.size(c.name)
-            w = self.cameras[c.name] = Watched(c, source, zones, size_hw=size_hw)
+            w = self.cameras[c.name] = Watched(c, source, zones, PictureCheck(c.min_contrast), size_hw)
             for n, zone in w.zones.items():
                 if source.live and (c.name, n) in states: self.restore(zone, states[c.name, n])
 
@@ -1028,7 +1030,7 @@ def _metrics(self:Watcher): # yields metric families
             ('picture_age_seconds', Gauge, 'Since the last judged picture arrived', lambda w: nan if ages[w.name] is None else ages[w.name]),
             ('picture_good', Gauge, '1 if the last picture was one of the place', lambda w: float(w.reason is None)),
             ('model_seconds', Gauge, 'The model took for the last picture', lambda w: w.seconds),
-            ('pictures', Counter, 'Pictures judged', lambda w: w.judged), ('pictures_refused', Counter, 'Black, covered, frozen or of another shape', lambda w: w.refused),
+            ('pictures', Counter, 'Pictures judged', lambda w: w.judged), ('pictures_refused', Counter, 'Black, covered, veiled, frozen or of another shape', lambda w: w.refused),
             ('losses', Counter, 'Times that the source was lost', lambda w: w.source.losses)):
         f = kind(f'crowd_density_{name}', text, labels=camera)
         for w in self.cameras.values(): f.add_metric([w.name], value(w))

@@ -264,7 +264,7 @@ def own_and_others(atlas, model, own, others, other=0):
     return some(0, own, 'own'), some(other, others, 'scene')
 
 def adapted(model, own, others, out):
-    old, card = deepcopy(model.state_dict()), dict(task='counting', encoder='lite0', split='train', mean=[.5]*3, std=[.5]*3)
+    old, card = deepcopy(model.state_dict()), dict(task='counting', encoder='lite0', split='train', data='streets', selected='on tune', mean=[.5]*3, std=[.5]*3)
     return best_mixture(model, old, {**old, 'gain': old['gain']*1.5}, own, own, own, others, out, card, {}, 0)
 
 @pytest.mark.parametrize('elsewhere,kind,share', ((1, 'scene', 0.), (1, 'A', 0.), (1.5, 'scene', .5), (1.5, 'A', 1.)))
@@ -277,6 +277,7 @@ def test_fine_tuning_does_not_pay_with_what_the_model_knew(atlas, tmp_path, else
     f = card['figures']
     assert (f['share'], f['gain']) == (share, 1.), f
     assert card['split'] == ('train' if share == 0 else "fine-tuned on one's own pictures; begun from weights of: train")
+    assert [card.get(k) for k in ('data', 'selected')] == (['streets', 'on tune'] if share == 0 else [f"streets; then {len(own)} pictures of one's own", None])
     assert not forgets(f['kept']['before'], f['kept']['after']) and f['after']['own']['mae'] <= f['before']['own']['mae']
 
 def test_none_or_all_of_the_new_weights_is_to_the_last_bit():

@@ -51,7 +51,7 @@ def oracle(history, levels):
         if last is not None and t-last >= STALE: known = False
         if d is None: continue
         k, last = k+1, t
-        calm = d < levels.busy.enter and (d*(1+WIDE) < levels.busy.enter or run_back(good, k, lambda x: True) >= levels.busy.for_)
+        calm = d < levels.busy.enter and (d*(1+WIDE) < levels.busy.enter or run_back(good, k, lambda x: x < levels.busy.enter) >= levels.busy.for_)
         known = known or calm or any(on[l][k] for l in RAISED)
     return next((l for l in reversed(RAISED) if on[l][k]), 'clear') if known else UNKNOWN
 
@@ -195,6 +195,21 @@ def test_one_doubtful_picture_does_not_say_clear():
         feed(risk, [(70, .5)])
         assert risk.level == 'clear' # one that leaves no doubt
 
+def test_doubt_lasts_while_readings_go_above():
+    risk = machine()
+    feed(risk, [(t, d) for t, d in enumerate([1.9] + [3.]*4 + [1.9])])
+    assert risk.level == UNKNOWN
+    feed(risk, [(6+t, d) for t, d in enumerate([2.1, 1.9]*10)])
+    assert risk.level == UNKNOWN
+    feed(risk, [(26+t, 1.9) for t in range(5)])
+    assert risk.level == 'clear'
+
+@pytest.mark.parametrize('seconds, level', [(0, UNKNOWN), (4, UNKNOWN), (5, 'clear')])
+def test_without_an_interval_one_picture_is_not_sure(seconds, level):
+    risk = machine()
+    for t in range(seconds+1): risk.step(Reading('gate', 'square', t, 1., None, None, 1., 30))
+    assert risk.level == level
+
 def test_doubt_ends_also_where_for_is_longer_than_a_trend():
     risk = machine(levels=Levels(busy=Level(enter=2, leave=1.6, for_=120, hold=1)))
     feed(risk, [(t, 1.9) for t in range(120)])
@@ -291,6 +306,13 @@ def test_restore_refuses_what_is_not_its_own(broken):
     risk = machine()
     with pytest.raises(ValueError, match='state'): risk.restore(broken)
     assert risk.level == UNKNOWN and feed(risk, [(0, 1.)])
+
+def test_a_state_of_before_is_taken_up():
+    risk = machine()
+    feed(risk, [(t, 6.) for t in range(10)])
+    state = risk.state()
+    del state['back']
+    assert machine().restore(state).level == 'critical'
 
 def test_of_a_site():
     site = parse_site('''[[camera]]

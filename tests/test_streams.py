@@ -13,7 +13,7 @@ from watching import Dots, Hand, dots, free_port, has, has_rtsp, make_site, patt
 @pytest.fixture(autouse=True)
 def quiet(caplog): caplog.set_level('CRITICAL', 'crowd_density.watch')
 
-# ---- RTSP
+# ---- RTSP (a ball on an even ground, which has no contrast)
 
 def level(w, name='gate'): return w.cameras[name].zones['square'].level
 
@@ -21,7 +21,7 @@ def outages(kills, sizes=((160, 120), (320, 240))):
     "Kill and restart an RTSP server; seconds to unknown, seconds to recover, levels told"
     has_rtsp()
     port, told, blind, back = free_port(), [], [], []
-    site = make_site({'gate': f'rtsp://127.0.0.1:{port}/live'}, rate=5, stale_after=2., for_=1)
+    site = make_site({'gate': f'rtsp://127.0.0.1:{port}/live'}, rate=5, stale_after=2., for_=1, min_contrast=0)
     w = Watcher(site, Dots(), listeners=[lambda k, e: told.append(e)], risk=dict(source_cooldown=.5))
     w.start()
     try:
@@ -77,7 +77,7 @@ def test_rtsp_that_hangs_and_goes_on():
     "The server is stopped, not killed: its connection stays open and nothing comes"
     has_rtsp()
     port = free_port()
-    site = make_site({'gate': f'rtsp://127.0.0.1:{port}/live'}, rate=5, stale_after=2., for_=1)
+    site = make_site({'gate': f'rtsp://127.0.0.1:{port}/live'}, rate=5, stale_after=2., for_=1, min_contrast=0)
     with rtsp(port) as p:
         w = Watcher(site, Dots(), sources={'gate': open_source(site.cameras[0], timeout=1.5)}, risk=dict(source_cooldown=.5))
         w.start()
@@ -98,7 +98,7 @@ def test_dead_cameras_hold_up_nobody():
     has_rtsp()
     port, silent = free_port(), [socket.create_server(('127.0.0.1', 0)) for _ in range(6)]
     site = make_site({f'dead {i}': f'rtsp://127.0.0.1:{s.getsockname()[1]}/live' for i, s in enumerate(silent)} | {'gate': f'rtsp://127.0.0.1:{port}/live'},
-                     rate=5, stale_after=2., for_=1)
+                     rate=5, stale_after=2., for_=1, min_contrast=0)
     w = Watcher(site, Dots())
     w.start()
     try:
@@ -114,7 +114,7 @@ def test_eight_streams_come_back_together():
     "All behind one switch that is rebooted: the last is back within 10 s, too"
     has_rtsp()
     port, names = free_port(), [f'camera {i}' for i in range(8)]
-    w = Watcher(make_site({n: f'rtsp://127.0.0.1:{port}/live' for n in names}, rate=5, stale_after=2., for_=.2), Dots())
+    w = Watcher(make_site({n: f'rtsp://127.0.0.1:{port}/live' for n in names}, rate=5, stale_after=2., for_=.2, min_contrast=0), Dots())
     w.start()
     try:
         with rtsp(port): until(lambda: all(level(w, n) == 'clear' for n in names), 20)

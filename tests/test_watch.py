@@ -102,18 +102,40 @@ def test_empty_places_are_places(kind): assert PictureCheck()(synthetic.empty_sc
 @pytest.mark.parametrize('dusk', [False, True])
 def test_scenes_are_places(seed, dusk): assert PictureCheck()(synthetic.scene(seed, (240, 320), dusk=dusk).rgb, 0.) is None
 
-@pytest.mark.parametrize('left, word', [(.5, None), (.15, 'contrast'), (.05, 'contrast')])
+def overlaid(rgb, kind):
+    "What cameras write over a picture, and the black around it"
+    rgb, (h, w) = rgb.copy(), rgb.shape[:2]
+    def write(text, xy):
+        for c, thick in ((0, 3), (255, 1)): cv2.putText(rgb, text, xy, 0, .5, (c, c, c), thick)
+    if kind == 'bar': rgb[:24] = 0
+    if kind in ('bar', 'captions'): write('2026-11-27 18:10:22', (8, 17))
+    if kind == 'captions': write('CAM 12 GATE', (w-110, h-10))
+    if kind == 'letterbox': rgb[:h//8], rgb[-h//8:] = 0, 0
+    if kind == 'round': rgb *= cv2.ellipse(np.zeros((h, w, 1), np.uint8), (w//2, h//2), (w//2, h//2), 0, 0, 360, 1, -1)
+    return rgb
+
+@pytest.mark.parametrize('left, seen', [(.6, True), (.15, False), (.05, False)])
 @pytest.mark.parametrize('dusk', [False, True])
-def test_a_veil_is_seen(left, word, dusk):
-    rgb = synthetic.scene(3, (240, 320), dusk=dusk).rgb*left + 220*(1-left)
-    rgb[:14, :110] = 0 # a clock in white on black is no sight
-    rgb[3:11:2, 4:100] = 255
-    said = PictureCheck()(rgb.astype(np.uint8), 0.)
-    assert said is None if word is None else word in said
+@pytest.mark.parametrize('kind', ['', 'bar', 'captions', 'letterbox', 'round'])
+def test_a_veil_is_seen(left, seen, dusk, kind):
+    said = PictureCheck()(overlaid((synthetic.scene(3, (480, 640), dusk=dusk).rgb*left + 220*(1-left)).astype(np.uint8), kind), 0.)
+    assert said is None if seen else 'contrast' in said or 'covered' in said
+
+@pytest.mark.parametrize('light', [1., .5, .25, .12])
+def test_darkness_is_no_veil(light):
+    for kind in ('', 'captions', 'round'): assert contrast(cv2.cvtColor(overlaid((synthetic.scene(3, dusk=True).rgb*light).astype(np.uint8), kind), cv2.COLOR_RGB2GRAY)) > .4
+
+def test_how_much_contrast_is_the_sites_to_say():
+    pale = np.full((480, 640, 3), 215, np.uint8)
+    for i in range(10): pale[i::60], pale[:, i::60] = 180, 180 # slabs
+    pale = np.clip(pale + np.random.default_rng(0).normal(0, 2, pale.shape), 0, 255).astype(np.uint8)
+    assert 'contrast' in PictureCheck()(pale, 0.) and PictureCheck(min_contrast=.05)(pale, 0.) is None
+    site = parse_site(site_text(dict(gate='a.mp4'), min_contrast=.05))
+    assert Watcher(site, Dots()).cameras['gate'].check.min_contrast == .05
 
 def test_real_pictures_are_places(real_data):
     seen = [contrast(cv2.cvtColor(o.rgb(), cv2.COLOR_RGB2GRAY)) for o in open_data(real_data/'shanghaitech')[::7]]
-    assert len(seen) == 100 and min(seen) > .7
+    assert len(seen) == 100 and min(seen) > .6
 
 def test_odd_sizes_and_changing_sizes():
     check = PictureCheck()
@@ -278,7 +300,7 @@ def soak(seconds, cameras=8, first=5., model=None, paint=None, address=None):
     "8 cameras of 640x480 at 1 frame/s, played by hand or at a real `address`: oldest picture judged, pictures judged, growth of memory after the first part"
     psutil = pytest.importorskip('psutil')
     names = [f'camera {i}' for i in range(cameras)]
-    site = parse_site(site_text({n: address or f'rtsp://{i}/' for i, n in enumerate(names)}).replace('size_px = [160, 120]', 'size_px = [640, 480]').replace(
+    site = parse_site(site_text({n: address or f'rtsp://{i}/' for i, n in enumerate(names)}, min_contrast=0 if address else .22).replace('size_px = [160, 120]', 'size_px = [640, 480]').replace(
         '[[0, 0], [160, 0], [160, 120], [0, 120]]', '[[0, 0], [640, 0], [640, 480], [0, 480]]'))
     shots = [(paint or (lambda i: dots(i % 30, i, (480, 640))))(i) for i in range(0 if address else 40)]
     w = Watcher(site, model or Dots(.05), sources=None if address else {c.name: Hand(c, lambda i: shots[i % 40], 5) for c in site.cameras})

@@ -41,6 +41,7 @@ name = "{name}"
 source = "{source}"
 rate = {rate}
 stale_after = {stale_after}
+min_contrast = {min_contrast}
 [camera.ground]
 points_px = [[0, 0], [160, 0], [160, 120], [0, 120]]
 points_m = [[0, 0], [4, 0], [4, 3], [0, 3]]
@@ -56,8 +57,9 @@ critical = {{enter = 5.0, leave = 4.0, for = {for_}, hold = {hold}}}
 '''
 
 def site_text(sources, # {name: source}
-              rate=1., stale_after=5., for_=3, hold=5):
-    return ''.join(CAMERA.format(name=n, source=s, rate=rate, stale_after=stale_after, for_=for_, hold=hold) for n, s in sources.items())
+              rate=1., stale_after=5., for_=3, hold=5, min_contrast=.22):
+    rest = dict(rate=rate, stale_after=stale_after, for_=for_, hold=hold, min_contrast=min_contrast)
+    return ''.join(CAMERA.format(name=n, source=s, **rest) for n, s in sources.items())
 
 def make_site(sources, **kwargs): return parse_site(site_text(sources, **kwargs))
 
