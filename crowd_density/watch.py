@@ -23,7 +23,7 @@ import httpx, numpy as np
 from PIL import Image
 
 from .data import DataError, IMAGE_SUFFIXES, atomic, is_image, load_cv2, read_rgb
-from .ground import Reading, Site, fill_secrets, measure, read_site, scrub
+from .ground import MIN_CONTRAST, Reading, Site, fill_secrets, measure, read_site, scrub
 from .risk import Event, ZoneRisk, _id, iso
 
 # %% ../nbs/10_watch.ipynb #10-watch-n00
@@ -385,7 +385,7 @@ def contrast(grey # uint8 (h, w)
 
 class PictureCheck:
     "Tells pictures of the place from black, covered, veiled and frozen ones"
-    def __init__(self, min_contrast=.22): self.before, self.same, self.since, self.min_contrast = deque(maxlen=8), deque(maxlen=6), None, min_contrast
+    def __init__(self, min_contrast=MIN_CONTRAST): self.before, self.same, self.since, self.min_contrast = deque(maxlen=8), deque(maxlen=6), None, min_contrast
 
     def frozen(self, grey, time)->str|None:
         "Compare with the pictures before"

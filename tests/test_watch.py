@@ -300,7 +300,7 @@ def soak(seconds, cameras=8, first=5., model=None, paint=None, address=None):
     "8 cameras of 640x480 at 1 frame/s, played by hand or at a real `address`: oldest picture judged, pictures judged, growth of memory after the first part"
     psutil = pytest.importorskip('psutil')
     names = [f'camera {i}' for i in range(cameras)]
-    site = parse_site(site_text({n: address or f'rtsp://{i}/' for i, n in enumerate(names)}, min_contrast=0 if address else .22).replace('size_px = [160, 120]', 'size_px = [640, 480]').replace(
+    site = parse_site(site_text({n: address or f'rtsp://{i}/' for i, n in enumerate(names)}, **(dict(min_contrast=0) if address else {})).replace('size_px = [160, 120]', 'size_px = [640, 480]').replace(
         '[[0, 0], [160, 0], [160, 120], [0, 120]]', '[[0, 0], [640, 0], [640, 480], [0, 480]]'))
     shots = [(paint or (lambda i: dots(i % 30, i, (480, 640))))(i) for i in range(0 if address else 40)]
     w = Watcher(site, model or Dots(.05), sources=None if address else {c.name: Hand(c, lambda i: shots[i % 40], 5) for c in site.cameras})

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import cv2, numpy as np, pytest
 
-from crowd_density.ground import parse_site
+from crowd_density.ground import MIN_CONTRAST, parse_site
 from crowd_density.inference import Estimate
 from crowd_density.watch import Source, SourceError
 
@@ -57,7 +57,7 @@ critical = {{enter = 5.0, leave = 4.0, for = {for_}, hold = {hold}}}
 '''
 
 def site_text(sources, # {name: source}
-              rate=1., stale_after=5., for_=3, hold=5, min_contrast=.22):
+              rate=1., stale_after=5., for_=3, hold=5, min_contrast=MIN_CONTRAST):
     rest = dict(rate=rate, stale_after=stale_after, for_=for_, hold=hold, min_contrast=min_contrast)
     return ''.join(CAMERA.format(name=n, source=s, **rest) for n, s in sources.items())
 
